@@ -21,6 +21,7 @@ for a version. The internals of Prefect that this file relies on are listed, and
 import concurrent.futures
 import copy
 import datetime
+import fnmatch
 import glob
 import inspect
 import itertools
@@ -305,6 +306,37 @@ _DEFAULTS = {
 }
 
 
+#: How much of a frame is written and read back to see what its file type does not keep.
+_SAMPLE_ROWS = 50
+
+_REMEDIES = (
+    " read_kwargs={'dtype': ..., 'parse_dates': [...]} for columns, and write_kwargs="
+    "{'index': True} with read_kwargs={'index_col': 0} for the index"
+)
+
+
+def _losses(frame, restored):
+    """Sentences on what differs in a frame that was written and read back."""
+    losses = []
+    if not restored.index.equals(frame.index) and len(frame):
+        losses.append("the index comes back as {!r}".format(restored.index[:3]))
+    if list(restored.columns) != list(frame.columns):
+        losses.append("the columns come back as {}".format(list(restored.columns)))
+        return losses
+    for number, name in enumerate(frame.columns):
+        before, after = frame.iloc[:, number], restored.iloc[:, number]
+        before, after = before.reset_index(drop=True), after.reset_index(drop=True)
+        try:
+            pandas.testing.assert_series_equal(before, after)
+        except AssertionError:
+            losses.append(
+                "column {!r} ({}) comes back as {}".format(name, before.dtype, after.dtype)
+                if before.dtype != after.dtype
+                else "values of column {!r} change".format(name)
+            )
+    return losses
+
+
 def _file_type_of(path):
     """The file type that the extension of `path` tells, or None."""
     extensions = os.path.basename(path).lower().split(".")[1:]
@@ -458,6 +490,15 @@ def _check_path(path):
 _UNREADABLE = "prefect_ds_unreadable"
 
 
+def _age(path):
+    """How old a local file is, in words, or nothing."""
+    try:
+        seconds = time.time() - os.path.getmtime(os.path.expanduser(path))
+    except OSError:
+        return ""
+    return ", written {} ago".format(datetime.timedelta(seconds=max(0, int(seconds))))
+
+
 def _task_name():
     return prefect.context.get("task_full_name", "")
 
@@ -523,6 +564,7 @@ class PandasResult(_Storage):
         self.file_type = file_type and file_type.lower()
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
+        self._checked_kinds = set()
 
     def __repr__(self):
         return "<{}: {}>".format(type(self).__name__, self.location or self._formatter)
@@ -561,12 +603,15 @@ class PandasResult(_Storage):
 
     def _load(self, location):
         with _existing_file(location, self._storage_options) as path:
-            reader, kwargs = self._pandas(location, 0, self.read_kwargs)
-            frame = reader(path, **kwargs)
-        # `read_html` returns the tables of a page; a page that we wrote has one.
-        frame = frame[0] if isinstance(frame, list) else frame
-        self.logger.info("Task '%s': Loaded %s", _task_name(), location)
+            frame = self._read(path, location)
+        self.logger.info("Task '%s': Loaded %s%s", _task_name(), location, _age(location))
         return frame
+
+    def _read(self, path, location):
+        reader, kwargs = self._pandas(location, 0, self.read_kwargs)
+        frame = reader(path, **kwargs)
+        # `read_html` returns the tables of a page; a page that we wrote has one.
+        return frame[0] if isinstance(frame, list) else frame
 
     def _save(self, frame, location):
         if not isinstance(frame, pandas.DataFrame):
@@ -579,6 +624,29 @@ class PandasResult(_Storage):
             writer, kwargs = self._pandas(location, 1, self.write_kwargs)
             writer(frame, path, **kwargs)
         self.logger.info("Task '%s': Wrote %s", _task_name(), location)
+        self._warn_of_losses(frame, location)
+
+    def _warn_of_losses(self, frame, location):
+        """Say, once per kind of frame, what will not come back as it was."""
+        kind = (bool(len(frame)), *zip(frame.columns, map(str, frame.dtypes)))
+        if kind in self._checked_kinds:
+            return
+        self._checked_kinds.add(kind)
+        sample = frame.head(_SAMPLE_ROWS)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, os.path.basename(location))
+            writer, kwargs = self._pandas(location, 1, self.write_kwargs)
+            writer(sample, path, **kwargs)
+            try:
+                losses = _losses(sample, self._read(path, location))
+            except Exception as exc:
+                losses = ["it cannot be read back: {}: {}".format(type(exc).__name__, exc)]
+        if losses:
+            self.logger.warning(
+                "Task '%s': %s does not keep all of the frame: %s. The file types parquet and "
+                "pickle keep more, or try%s.",
+                _task_name(), location, "; ".join(losses), _REMEDIES,
+            )  # fmt: skip
 
     def _pandas(self, location, direction, kwargs):
         """The function of pandas for this file, and its keyword arguments."""
@@ -650,7 +718,7 @@ def checkpoint_handler(task_runner, old_state, new_state):
 
 def _load_checkpoint(storage, running):
     location = _checkpoint_location(storage)
-    if not _exists(location, storage._storage_options):
+    if prefect.context.get(_RECOMPUTES) or not _exists(location, storage._storage_options):
         return running
     try:
         frame = storage._load(location)
@@ -688,11 +756,37 @@ def _checkpoint_location(storage):
     return storage._locate({})
 
 
+#: In `prefect.context`: which tasks to run though their file is there, set by the user.
+_RECOMPUTE = "recompute"
+
+#: In `prefect.context`: whether this task run is among them.
+_RECOMPUTES = "prefect_ds_recomputes"
+
+#: In `prefect.context` and on states: whether all tasks downstream are, too.
+_SPREADS = "_prefect_ds_recompute_spreads"
+
+
+def _recompute_patterns():
+    patterns = prefect.context.get(_RECOMPUTE) or ()
+    if isinstance(patterns, str):
+        patterns = patterns.split(",")
+    return [pattern.strip() for pattern in patterns if pattern.strip()]
+
+
+def _matches(pattern, task):
+    return fnmatch.fnmatchcase(task.name, pattern.rstrip("+"))
+
+
 class DSTaskRunner(TaskRunner):
     """A `TaskRunner` that lets the task's arguments fill the template in the path.
 
     Plain and mapped tasks, constants, and defaults of the signature alike. It also refuses to
     run a task on a result that was purged.
+
+    `recompute` in `prefect.context` makes tasks run though their file is there, for one run:
+    names of tasks, with `*` for any characters, separated by commas. A `+` behind a name means
+    all tasks downstream as well: `flow.run(context={"recompute": "load+"})`, or
+    `PREFECT__CONTEXT__RECOMPUTE="load+"` in the environment; `*` is the whole flow.
 
     Examples
     --------
@@ -705,21 +799,38 @@ class DSTaskRunner(TaskRunner):
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, end the run as Failed if an input was purged."""
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
-        purged = sorted(
-            edge.upstream_task.name
+        seen = [
+            (edge, upstream_state)
             for edge, upstream in upstream_states.items()
-            if _is_read(edge) and _is_purged(edge, upstream)
-        )
+            for upstream_state in _states_behind(edge, upstream)
+        ]
+        purged = {
+            edge.upstream_task.name
+            for edge, upstream_state in seen
+            if _is_read(edge) and upstream_state._result is PurgedResult
+        }
         if purged and not state.is_mapped():
             message = (
                 "Task '{}' needs the result of {}, which was purged when its last reader had "
                 "finished. Run the upstream task again (leave its state out of task_states), give "
                 "it a checkpoint, or keep its result with the tag {!r}.".format(
-                    _task_name(), ", ".join(map(repr, purged)), _KEEP
+                    _task_name(), ", ".join(map(repr, sorted(purged))), _KEEP
                 )
             )
             raise ENDRUN(Failed(message, result=ValueError(message)))
+        matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
+        prefect.context[_SPREADS] = any(p.endswith("+") for p in matching) or any(
+            getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
+        )
+        prefect.context[_RECOMPUTES] = bool(matching) or prefect.context[_SPREADS]
         return state
+
+    def call_runner_target_handlers(self, old_state, new_state):
+        """As Prefect's; moreover, tell the tasks downstream that this one is recomputed."""
+        new_state = super().call_runner_target_handlers(old_state, new_state)
+        if prefect.context.get(_SPREADS):
+            setattr(new_state, _SPREADS, True)
+        return new_state
 
     def get_task_inputs(self, state, upstream_states):
         """As Prefect's; moreover, offer the inputs to the path's template."""
@@ -774,9 +885,9 @@ def _is_read(edge):
     return edge.key is not None or edge.mapped
 
 
-def _is_purged(edge, upstream):
-    states = upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
-    return any(state._result is PurgedResult for state in states)
+def _states_behind(edge, upstream):
+    """The states that a task run sees through an edge: those of the children, if it reduces."""
+    return upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
 
 
 class _Call:
@@ -1395,6 +1506,13 @@ class DSFlowRunner(FlowRunner):
 
     def get_flow_run_state(self, state, executor, **kwargs):
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
+        for pattern in _recompute_patterns():
+            if not any(_matches(pattern, task) for task in self.flow.tasks):
+                raise ValueError(
+                    "recompute={!r} matches no task of this flow. It has: {}.".format(
+                        pattern, ", ".join(sorted({task.name for task in self.flow.tasks}))
+                    )
+                )
         backend = _backend_for(executor)
         if backend is not None:
             executor = _DepthFirstExecutor(executor, backend, self.flow)
