@@ -126,7 +126,7 @@ else:
     from prefect.engine.result import SafeResult
     from prefect.engine.result_handlers import ResultHandler
 
-    class _Storage(ResultHandler):
+    class _Storage(ResultHandler):  # type: ignore[no-redef]
         """The contract of Prefect's `ResultHandler`, in terms of `_locate`, `_load` and `_save`."""
 
         def __init__(self, path, **kwargs):
@@ -234,9 +234,9 @@ class _Template(string.Formatter):
         folder = os.path.dirname(self.head)
         if self.fields and not _is_inside(folder, filled):
             raise ValueError(
-                "The path {!r} became {!r}, which leads out of the folder {!r} that it names. "
-                "Nothing was read or written. Write that folder into the path, or clean the "
-                "value.".format(self.path, filled, folder or os.curdir)
+                f"The path {self.path!r} became {filled!r}, which leads out of the folder "
+                f"{folder or os.curdir!r} that it names. Nothing was read or written. Write that "
+                "folder into the path, or clean the value."
             )
         return filled
 
@@ -245,8 +245,9 @@ class _Template(string.Formatter):
 
 
 def _is_inside(folder, path):
-    if _is_url(folder) or _is_url(path):
-        return path.startswith(folder) and os.pardir not in path[len(folder) :].split("/")
+    if _is_url(path):
+        below = path[len(folder) :] if _is_url(folder) and path.startswith(folder + "/") else ".."
+        return os.pardir not in below.split("/")
     folder, path = os.path.abspath(folder), os.path.abspath(path)
     return path.startswith(os.path.join(folder, ""))
 
@@ -299,7 +300,10 @@ _DEFAULTS = {
     ),
     "excel": ({"index": False}, {"keep_default_na": False, "na_values": [""]}),
     "hdf": ({"key": "data", "mode": "w"}, {"key": "data"}),
-    "html": ({"index": False, "float_format": str, "na_rep": ""}, {"keep_default_na": False, "na_values": [""]}),
+    "html": (
+        {"index": False, "float_format": str, "na_rep": ""},
+        {"keep_default_na": False, "na_values": [""]},
+    ),
     "json": ({"double_precision": 15}, {"precise_float": True}),
     "stata": ({"write_index": False}, {}),
     "xml": ({"index": False}, {}),
@@ -319,9 +323,9 @@ def _losses(frame, restored):
     """Sentences on what differs in a frame that was written and read back."""
     losses = []
     if not restored.index.equals(frame.index) and len(frame):
-        losses.append("the index comes back as {!r}".format(restored.index[:3]))
+        losses.append(f"the index comes back as {restored.index[:3]!r}")
     if list(restored.columns) != list(frame.columns):
-        losses.append("the columns come back as {}".format(list(restored.columns)))
+        losses.append(f"the columns come back as {list(restored.columns)}")
         return losses
     for number, name in enumerate(frame.columns):
         before, after = frame.iloc[:, number], restored.iloc[:, number]
@@ -330,9 +334,9 @@ def _losses(frame, restored):
             pandas.testing.assert_series_equal(before, after)
         except AssertionError:
             losses.append(
-                "column {!r} ({}) comes back as {}".format(name, before.dtype, after.dtype)
+                f"column {name!r} ({before.dtype}) comes back as {after.dtype}"
                 if before.dtype != after.dtype
-                else "values of column {!r} change".format(name)
+                else f"values of column {name!r} change"
             )
     return losses
 
@@ -351,19 +355,22 @@ def _file_type_of(path):
 
 
 def _filesystem(path, storage_options):
+    """The file system of fsspec for a URL, and the path in it."""
     try:
         import fsspec
     except ImportError:
         raise ImportError(
-            "The path {!r} is remote, and that takes the package fsspec, with what it needs for "
-            "this protocol: pip install fsspec".format(path)
+            f"The path {path!r} is remote, and that takes the package fsspec, with what it needs "
+            "for this protocol: pip install fsspec"
         ) from None
-    return fsspec.filesystem(path.partition("://")[0], **storage_options)
+    filesystem = fsspec.filesystem(path.partition("://")[0], **storage_options)
+    return filesystem, filesystem._strip_protocol(path)
 
 
 def _exists(path, storage_options):
     if _is_url(path):
-        return _filesystem(path, storage_options).exists(path)
+        filesystem, path = _filesystem(path, storage_options)
+        return filesystem.exists(path)
     return os.path.exists(os.path.expanduser(path))
 
 
@@ -375,7 +382,8 @@ def _existing_file(path, storage_options):
         return
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, os.path.basename(path))
-        _filesystem(path, storage_options).get(path, local, recursive=True)
+        filesystem, path = _filesystem(path, storage_options)
+        filesystem.get(path, local, recursive=filesystem.isdir(path))
         yield local
 
 
@@ -390,9 +398,9 @@ def _new_file(path, storage_options, unreadable=False):
         with tempfile.TemporaryDirectory() as folder:
             local = os.path.join(folder, os.path.basename(path))
             yield local
-            filesystem = _filesystem(path, storage_options)
+            filesystem, path = _filesystem(path, storage_options)
             if unreadable:
-                filesystem.mv(path, _aside(path), recursive=True)
+                filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
             filesystem.put(local, path, recursive=os.path.isdir(local))
         return
     path = os.path.expanduser(path)
@@ -400,7 +408,7 @@ def _new_file(path, storage_options, unreadable=False):
     os.makedirs(folder or os.curdir, exist_ok=True)
     _remove_leftovers(folder, name)
     _, dot, extensions = name.partition(".")
-    mark = "{}{}-{}".format(_mark_of_this_host(name), os.getpid(), uuid.uuid4().hex[:8])
+    mark = f"{_mark_of_this_host(name)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = os.path.join(folder, mark + dot + extensions)
     try:
         yield partial
@@ -409,7 +417,7 @@ def _new_file(path, storage_options, unreadable=False):
             os.replace(path, _aside(path))
         if os.path.isdir(partial) and os.path.isdir(path):
             # A folder cannot replace another one: the earlier one steps aside first.
-            earlier = "{}-earlier".format(partial)
+            earlier = f"{partial}-earlier"
             os.replace(path, earlier)
             os.replace(partial, path)
             shutil.rmtree(earlier)
@@ -421,9 +429,7 @@ def _new_file(path, storage_options, unreadable=False):
 
 def _aside(path):
     """Another name for `path`, with another extension, that no later one takes."""
-    return "{}.unreadable-{:%Y%m%dT%H%M%S}-{}".format(
-        path, datetime.datetime.now(), uuid.uuid4().hex[:6]
-    )
+    return f"{path}.unreadable-{datetime.datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
 def _flush_to_disk(path):
@@ -478,11 +484,14 @@ def _is_alive(pid):
 def _check_path(path):
     path = os.fspath(path)
     if not isinstance(path, str):
-        raise TypeError("A path is a str or a PathLike of str, not {!r}.".format(path))
+        raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
-        raise ValueError("{!r} was a URL before pathlib took a slash: pass a str.".format(path))
-    if any(name is not None and not name[:1].isidentifier() for _, name, _, _ in string.Formatter().parse(path)):
-        raise ValueError("The fields of {!r} need names, as in 'data_{{id}}.csv'.".format(path))
+        raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
+    if any(
+        name is not None and not name[:1].isidentifier()
+        for _, name, _, _ in string.Formatter().parse(path)
+    ):
+        raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
     return path
 
 
@@ -496,7 +505,7 @@ def _age(path):
         seconds = time.time() - os.path.getmtime(os.path.expanduser(path))
     except OSError:
         return ""
-    return ", written {} ago".format(datetime.timedelta(seconds=max(0, int(seconds))))
+    return f", written {datetime.timedelta(seconds=max(0, int(seconds)))} ago"
 
 
 def _task_name():
@@ -545,7 +554,7 @@ class PandasResult(_Storage):
     def __init__(self, path=None, file_type=None, read_kwargs=None, write_kwargs=None, **kwargs):
         path = kwargs.pop("location", None) if path is None else path
         if path is None and not _HAS_LOCATIONS:
-            raise ValueError("{} needs a path.".format(type(self).__name__))
+            raise ValueError(f"{type(self).__name__} needs a path.")
         if path is not None and not callable(path):
             path = _check_path(path)
             file_type = file_type or _file_type_of(_Template(path).tail)
@@ -567,7 +576,7 @@ class PandasResult(_Storage):
         self._checked_kinds = set()
 
     def __repr__(self):
-        return "<{}: {}>".format(type(self).__name__, self.location or self._formatter)
+        return f"<{type(self).__name__}: {self.location or self._formatter}>"
 
     @property
     def path(self):
@@ -616,8 +625,8 @@ class PandasResult(_Storage):
     def _save(self, frame, location):
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(
-                "{} stores a pandas DataFrame, but the task returned {}. Nothing was written "
-                "to {}.".format(type(self).__name__, type(frame).__name__, location)
+                f"{type(self).__name__} stores a pandas DataFrame, but the task returned "
+                f"{type(frame).__name__}. Nothing was written to {location}."
             )
         unreadable = prefect.context.get(_UNREADABLE) == location
         with _new_file(location, self._storage_options, unreadable) as path:
@@ -640,7 +649,7 @@ class PandasResult(_Storage):
             try:
                 losses = _losses(sample, self._read(path, location))
             except Exception as exc:
-                losses = ["it cannot be read back: {}: {}".format(type(exc).__name__, exc)]
+                losses = [f"it cannot be read back: {type(exc).__name__}: {exc}"]
         if losses:
             self.logger.warning(
                 "Task '%s': %s does not keep all of the frame: %s. The file types parquet and "
@@ -709,7 +718,7 @@ def checkpoint_handler(task_runner, old_state, new_state):
     except Exception as exc:
         if prefect.context.get("raise_on_exception"):
             raise
-        message = "Task '{}': {}: {}".format(_task_name(), type(exc).__name__, exc)
+        message = f"Task '{_task_name()}': {type(exc).__name__}: {exc}"
         task_runner.logger.error(message)
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
         return task_runner.call_runner_target_handlers(new_state, Failed(message, result=exc))
@@ -731,9 +740,7 @@ def _load_checkpoint(storage, running):
             _task_name(), location, location, type(exc).__name__, exc,
         )  # fmt: skip
         return running
-    return Success(
-        "Loaded from {}".format(location), result=_stored(storage, location, frame)
-    )
+    return Success(f"Loaded from {location}", result=_stored(storage, location, frame))
 
 
 def _write_checkpoint(storage, success):
@@ -749,9 +756,9 @@ def _checkpoint_location(storage):
     has_fields = callable(storage.path) or _Template(storage.path or "").fields
     if has_fields and not _Arguments.current():
         raise TypeError(
-            "The path {!r} is filled from the task's arguments, which only DSTaskRunner makes "
-            "available: run the flow with task_runner_cls=DSTaskRunner, or with "
-            "runner_cls=DSFlowRunner, which includes it.".format(storage.path)
+            f"The path {storage.path!r} is filled from the task's arguments, which only "
+            "DSTaskRunner makes available: run the flow with task_runner_cls=DSTaskRunner, or "
+            "with runner_cls=DSFlowRunner, which includes it."
         )
     return storage._locate({})
 
@@ -1081,9 +1088,10 @@ class _DepthFirstExecutor:
 
     def _purge_if_unread(self, call):
         record = call.record
-        if not (call.readers or call.is_held) and call.done and record is not None:
-            if not (record.keep or record.open_edges):
-                self._backend.purge(call)
+        if record is None or record.keep or record.open_edges:
+            return
+        if call.done and not (call.readers or call.is_held):
+            self._backend.purge(call)
 
     # -- what comes next
 
@@ -1513,6 +1521,11 @@ class DSFlowRunner(FlowRunner):
                         pattern, ", ".join(sorted({task.name for task in self.flow.tasks}))
                     )
                 )
+        # Below 0.12 the context has only those parameters that were passed.
+        parameters = dict(prefect.context.get("parameters") or {})
+        for parameter in self.flow.parameters():
+            parameters.setdefault(parameter.name, parameter.default)
+        prefect.context["parameters"] = parameters
         backend = _backend_for(executor)
         if backend is not None:
             executor = _DepthFirstExecutor(executor, backend, self.flow)
@@ -1533,5 +1546,11 @@ def _backend_for(executor):
 
 # The modules of the original prefect_ds, so that its import lines go on to work, under whatever
 # name this file was imported.
-for _name in ("pandas_result_handler", "checkpoint_handler", "task_runner", "flow_runner", "result"):
-    sys.modules["{}.{}".format(__name__, _name)] = sys.modules[__name__]
+for _name in (
+    "pandas_result_handler",
+    "checkpoint_handler",
+    "task_runner",
+    "flow_runner",
+    "result",
+):
+    sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]

@@ -1,0 +1,1086 @@
+"""The facts about prefect_ds, on the Prefect and pandas installed: `pytest test_prefect_ds.py`."""
+
+import copy
+import datetime
+import gc
+import importlib
+import inspect
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import cloudpickle
+import pandas
+import prefect
+import pytest
+from pandas.testing import assert_frame_equal
+from prefect import Flow, Parameter, Task, task, unmapped
+from prefect.engine import FlowRunner, TaskRunner, signals
+from prefect.engine.result import Result
+from prefect.engine.state import Failed, Success
+from prefect.utilities.debug import raise_on_exception
+
+import prefect_ds
+from prefect_ds import (
+    DSFlowRunner,
+    DSTaskRunner,
+    PandasResult,
+    PandasResultHandler,
+    PurgedResult,
+    checkpoint_handler,
+)
+
+#: The keyword by which the installed Prefect's `task` takes storage.
+STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
+
+#: Whether results are purged on Dask's executors, too.
+PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
+
+FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
+
+
+def stored(*args, **kwargs):
+    return {STORAGE: PandasResultHandler(*args, **kwargs)}
+
+
+def run(flow, **kwargs):
+    kwargs.setdefault("task_runner_state_handlers", [checkpoint_handler])
+    return flow.run(runner_cls=DSFlowRunner, **kwargs)
+
+
+def dask_executor(**cluster):
+    """A cluster in this process, with two threads."""
+    cluster = {"processes": False, "n_workers": 1, "threads_per_worker": 2, **cluster}
+    if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
+        return prefect_ds.DaskExecutor(cluster_kwargs=dict(cluster, dashboard_address=None))
+    return prefect_ds.DaskExecutor(local_processes=cluster.pop("processes"), **cluster)
+
+
+EXECUTORS = {
+    "local": prefect_ds.LocalExecutor,
+    "synchronous": lambda: prefect_ds.LocalDaskExecutor(scheduler="synchronous"),
+    "threads": lambda: prefect_ds.LocalDaskExecutor(scheduler="threads", num_workers=2),
+    "dask": dask_executor,
+}
+
+on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def log(caplog):
+    """The text of what prefect_ds logs; Prefect's logger does not propagate by itself."""
+    logger = logging.getLogger("prefect")
+    logger.addHandler(caplog.handler)
+    yield lambda level: "\n".join(r.getMessage() for r in caplog.records if r.levelno == level)
+    logger.removeHandler(caplog.handler)
+
+
+def files(folder="."):
+    return sorted(name for name in os.listdir(str(folder)) if name != "dask-worker-space")
+
+
+class Calls(list):
+    """Which task runs have taken place; shared by all threads."""
+
+    def make(self, name="make", **kwargs):
+        @task(name=name, **kwargs)
+        def make(id=0):
+            self.append(id)
+            return FRAME.assign(id=id)
+
+        return make
+
+
+# What of Prefect the module relies on -------------------------------------------------------
+
+ANY = object()
+
+#: name, parameters that must be there, what depends on it
+INTERNALS = [
+    (
+        "prefect.engine.flow_runner.FlowRunner.__init__",
+        "flow task_runner_cls state_handlers",
+        "DSFlowRunner.__init__",
+    ),
+    (
+        "prefect.engine.flow_runner.FlowRunner.get_flow_run_state",
+        "state task_states task_contexts return_tasks task_runner_state_handlers executor",
+        "DSFlowRunner: the executor is replaced here",
+    ),
+    (
+        "prefect.engine.task_runner.TaskRunner.check_upstream_finished",
+        "state upstream_states",
+        "DSTaskRunner: purged inputs, recompute",
+    ),
+    (
+        "prefect.engine.task_runner.TaskRunner.get_task_inputs",
+        "state upstream_states",
+        "DSTaskRunner: arguments for the path",
+    ),
+    (
+        "prefect.engine.runner.Runner.call_runner_target_handlers",
+        "old_state new_state",
+        "checkpoint_handler, DSTaskRunner: handlers hear of failures and recomputing",
+    ),
+    ("prefect.engine.runner.call_state_handlers", "method", "DSTaskRunner.check_upstream_finished"),
+    ("prefect.engine.runner.ENDRUN", "state", "DSTaskRunner.check_upstream_finished"),
+    ("prefect.engine.result.Result.__init__", "value", "PandasResult, PurgedResult"),
+    ("prefect.engine.result.NoResult", None, "PurgedResult"),
+    ("prefect.engine.state.State.result", None, "what a purged state shows"),
+    ("prefect.engine.state.Mapped.__init__", "map_states", "reduce over a map"),
+    (
+        "prefect.core.Edge.__init__",
+        "upstream_task downstream_task key mapped",
+        "who reads whose result",
+    ),
+    ("prefect.core.flow.Flow.edges_to", "task", "who reads whose result"),
+    ("prefect.core.flow.Flow.edges_from", "task", "who reads whose result"),
+    ("prefect.core.flow.Flow.sorted_tasks", "", "when all readers are submitted"),
+    ("prefect.core.flow.Flow.terminal_tasks", "", "what is kept"),
+    ("prefect.utilities.collections.merge_dicts", "d1 d2", "_merge_config"),
+    ("prefect.context.config.flows.checkpointing", None, "_run_call"),
+    ("prefect_ds.LocalExecutor.submit", "fn", "_Here"),
+    ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
+    ("prefect_ds.DaskExecutor.submit", "fn", "_OnCluster"),
+    ("prefect_ds.DaskExecutor.wait", "futures", "_OnCluster"),
+    ("distributed.Client.nthreads", "", "_OnCluster.width"),
+    ("distributed.Future.add_done_callback", "fn", "_OnCluster.begin"),
+    ("distributed.Future.type", None, "_OnCluster.take, .purge"),
+]
+
+if prefect_ds._FLOW_RUNNER_MAPS:
+    INTERNALS += [
+        (
+            "prefect.engine.flow_runner.run_task",
+            "task state upstream_states context upstream_mapped_states",
+            "_DepthFirstExecutor",
+        ),
+        ("prefect.engine.result.Result.copy", "", "PandasResult"),
+    ]
+else:
+    INTERNALS += [
+        (
+            "prefect.engine.flow_runner.FlowRunner.run_task",
+            "task state upstream_states context executor",
+            "_DepthFirstExecutor",
+        ),
+        (
+            "prefect.engine.task_runner.TaskRunner.run_mapped_task",
+            "state upstream_states context executor",
+            "_DepthFirstExecutor.map",
+        ),
+        (
+            "prefect.engine.task_runner.TaskRunner.wait_for_mapped_task",
+            "state executor",
+            "_DepthFirstExecutor.wait",
+        ),
+    ]
+if prefect_ds._HAS_LOCATIONS:
+    INTERNALS += [
+        ("prefect.engine.result.Result.format", "", "PandasResult"),
+        ("prefect.engine.result.Result.from_value", "value", "PandasResult, checkpoint_handler"),
+        ("prefect.engine.result.Result.read", "location", "PandasResult"),
+        ("prefect.engine.result.Result.write", "", "PandasResult"),
+        ("prefect.engine.result.Result.exists", "location", "PandasResult"),
+    ]
+else:
+    INTERNALS += [
+        ("prefect.engine.result_handlers.ResultHandler.read", "loc", "PandasResultHandler"),
+        ("prefect.engine.result_handlers.ResultHandler.write", "result", "PandasResultHandler"),
+        ("prefect.engine.result.SafeResult.__init__", "value result_handler", "checkpoint_handler"),
+    ]
+
+
+@pytest.mark.parametrize("name, parameters, dependent", INTERNALS, ids=[i[0] for i in INTERNALS])
+def test_touches_only_these_internals(name, parameters, dependent):
+    complaint = f"Prefect {prefect.__version__} changed {name}, on which this depends: {dependent}"
+    found = importlib.import_module(name.split(".")[0])
+    imported = found.__name__
+    for part in name.split(".")[1:]:
+        imported += "." + part
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(imported)
+            except ImportError:
+                pytest.fail(complaint + ": it is gone")
+        found = getattr(found, part)
+    if parameters is not None:
+        missing = set(parameters.split()) - set(inspect.signature(found).parameters)
+        assert not missing, complaint + ": it no longer takes " + ", ".join(sorted(missing))
+
+
+def test_flow_runner_waits_for_tasks_at_the_end_and_for_edges_before(monkeypatch):
+    waited = []
+
+    class Spy(prefect_ds._DepthFirstExecutor):
+        def wait(self, futures):
+            if self._current is None and isinstance(futures, dict):
+                waited.append({type(key) for key in futures})
+            return super().wait(futures)
+
+    monkeypatch.setattr(prefect_ds, "_DepthFirstExecutor", Spy)
+    with Flow("map") as flow:
+        Calls().make().map([1, 2])
+    assert run(flow).is_successful()
+    ends = waited.pop()
+    assert all(issubclass(kind, Task) for kind in ends), "the flow runner ends by another wait"
+    assert all(kinds <= {prefect.core.Edge} for kinds in waited)
+
+
+# Names --------------------------------------------------------------------------------------
+
+
+def test_exports_these_names():
+    assert sorted(prefect_ds.__all__) == [
+        "DSFlowRunner",
+        "DSTaskRunner",
+        "PandasResult",
+        "PandasResultHandler",
+        "PurgedResult",
+        "checkpoint_handler",
+    ]
+    assert PandasResult is PandasResultHandler
+
+
+def test_import_lines_of_the_original_work():
+    from prefect_ds.checkpoint_handler import checkpoint_handler as handler
+    from prefect_ds.flow_runner import DSFlowRunner as flow_runner
+    from prefect_ds.pandas_result_handler import PandasResultHandler as result_handler
+    from prefect_ds.result import PurgedResult as purged
+    from prefect_ds.task_runner import DSTaskRunner as task_runner
+
+    assert handler is checkpoint_handler
+    assert (flow_runner, task_runner) == (DSFlowRunner, DSTaskRunner)
+    assert result_handler is PandasResultHandler
+    assert purged is PurgedResult
+
+
+def test_version_is_stated_once():
+    metadata = pytest.importorskip("importlib.metadata")
+    try:
+        installed = metadata.version("prefect_ds")
+    except metadata.PackageNotFoundError:
+        pytest.skip("prefect_ds was copied, not installed")
+    assert installed == prefect_ds.__version__
+
+
+VENDORED = """
+import os, sys
+import pandas, prefect
+from prefect import Flow, task
+from myproject.vendor.prefect_ds import DSFlowRunner, checkpoint_handler
+from myproject.vendor.prefect_ds.pandas_result_handler import PandasResultHandler
+from myproject.vendor import prefect_ds
+
+@task(**{"%s": PandasResultHandler("data_{id}.csv", "csv")})
+def make(id):
+    return pandas.DataFrame({"id": [id]})
+
+@task
+def total(frames):
+    return int(sum(frame.id.sum() for frame in frames))
+
+if __name__ == "__main__":
+    with Flow("vendored") as flow:
+        result = total(make.map([1, 2, 3]))
+    %s
+    state = flow.run(
+        executor=executor,
+        runner_cls=DSFlowRunner,
+        task_runner_state_handlers=[checkpoint_handler],
+    )
+    print(state.result[result].result, sorted(f for f in os.listdir(".") if f.endswith("csv")))
+"""
+
+
+def vendor(folder, executor):
+    package = folder / "myproject" / "vendor"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    shutil.copy(prefect_ds.__file__, str(package / "prefect_ds.py"))
+    (folder / "script.py").write_text(VENDORED % (STORAGE, executor))
+    environment = dict(os.environ, PYTHONPATH=str(folder), PREFECT__LOGGING__LEVEL="ERROR")
+    return subprocess.run(
+        [sys.executable, "script.py"], cwd=str(folder), env=environment, timeout=120,
+        stdout=subprocess.PIPE, text=True, check=True,
+    ).stdout  # fmt: skip
+
+
+def test_can_be_vendored(empty_folder):
+    out = vendor(empty_folder, "executor = None")
+    assert out == "6 ['data_1.csv', 'data_2.csv', 'data_3.csv']\n"
+
+
+def test_can_be_vendored_on_dask_workers(empty_folder):
+    cluster = "dict(processes=True, n_workers=1, threads_per_worker=1)"
+    if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
+        executor = f"prefect_ds.DaskExecutor(cluster_kwargs={cluster})"
+    else:
+        executor = "prefect_ds.DaskExecutor(local_processes=True, n_workers=1)"
+    out = vendor(empty_folder, "executor = " + executor)
+    assert out == "6 ['data_1.csv', 'data_2.csv', 'data_3.csv']\n"
+
+
+def test_prefect_settings_switch_it_on(empty_folder):
+    script = """
+        import prefect, prefect_ds
+        from prefect import Flow, task
+        @task
+        def one(): return 1
+        @task
+        def add(x): return x + 1
+        with Flow("settings") as flow:
+            first = one()
+            second = add(first)
+        state = flow.run()
+        print(state.result[first]._result, state.result[second].result)
+    """
+    environment = dict(
+        os.environ,
+        PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS="prefect_ds.DSFlowRunner",
+        PREFECT__ENGINE__TASK_RUNNER__DEFAULT_CLASS="prefect_ds.DSTaskRunner",
+        PREFECT__LOGGING__LEVEL="ERROR",
+        PYTHONPATH=os.path.dirname(os.path.abspath(prefect_ds.__file__)),
+    )
+    out = subprocess.check_output(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120
+    )
+    assert out.decode().strip() == "PurgedResult 2"
+
+
+# The template in the path -------------------------------------------------------------------
+
+
+class Config:
+    name = "berlin"
+
+
+@pytest.mark.parametrize(
+    "path, file",
+    [
+        ("data_{id}.csv", "data_7.csv"),
+        (Path("data_{id}.csv"), "data_7.csv"),
+        ("{day:%Y-%m}/{id:03}.csv", "2020-02/007.csv"),
+        ("{config.name}/{row[id]}.csv", "berlin/8.csv"),
+        ("{default}_{task_name}_{flow_name}.csv", "usual_write_fields.csv"),
+        ("{today}.csv", None),
+        ("{parameter}.csv", "given.csv"),
+        ("{{{id}}}.csv", "{7}.csv"),
+    ],
+)
+def test_fields_are_filled(path, file):
+    @task(name="write", **stored(path))
+    def write(id, day, config, row, untouched, default="usual"):
+        return FRAME
+
+    class Untouchable:
+        def __format__(self, spec):
+            raise AssertionError("an argument that the path does not name was touched")
+
+    with Flow("fields") as flow:
+        flow.add_task(Parameter("parameter", default="given"))
+        write(7, datetime.date(2020, 2, 3), Config(), {"id": 8}, Untouchable())
+    state = run(flow)
+    assert state.is_successful()
+    file = (
+        file
+        or prefect.context.get("today", datetime.datetime.utcnow().strftime("%Y-%m-%d")) + ".csv"
+    )
+    assert_frame_equal(pandas.read_csv(file), FRAME)
+
+
+def test_arguments_go_before_what_prefect_offers():
+    @task(**stored("{today}_{p}.csv"))
+    def write(today, p):
+        return FRAME
+
+    with Flow("precedence") as flow:
+        flow.add_task(Parameter("p", default="parameter"))
+        write("now", "argument")
+    assert run(flow).is_successful()
+    assert files() == ["now_argument.csv"]
+
+
+def test_mapped_tasks_fill_their_own_fields():
+    with Flow("mapped") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data_{id}.csv")).map([1, 2, 3])
+        other = calls.make(name="other", **stored("other_{map_index}.csv")).map([5, 6])
+    state = run(flow)
+    assert files() == sorted(
+        ["data_1.csv", "data_2.csv", "data_3.csv", "other_0.csv", "other_1.csv"]
+    )
+    assert [frame.id[0] for frame in state.result[result].result] == [1, 2, 3]
+    assert [frame.id[0] for frame in state.result[other].result] == [5, 6]
+
+
+def test_threads_that_run_the_same_task_do_not_mix_arguments():
+    @task(**stored("data_{id}.csv"))
+    def write(id):
+        time.sleep(random.random() / 100)
+        return FRAME.assign(id=id)
+
+    with Flow("threads") as flow:
+        write.map(list(range(40)))
+    executor = prefect_ds.LocalDaskExecutor(scheduler="threads", num_workers=8)
+    assert run(flow, executor=executor).is_successful()
+    for id in range(40):
+        assert set(pandas.read_csv(f"data_{id}.csv").id) == {id}
+
+
+def test_an_argument_that_the_task_changes_does_not_move_the_file():
+    @task(**stored("{row[id]}.csv"))
+    def write(row):
+        row["id"] = "changed"
+        return FRAME
+
+    with Flow("mutable") as flow:
+        write({"id": "entry"})
+    assert run(flow).is_successful()
+    assert files() == ["entry.csv"]
+
+
+def failed(state, result):
+    state = state.result[result]
+    assert state.is_failed()
+    return state.result
+
+
+def test_a_field_that_nothing_provides_fails_the_task():
+    with Flow("missing") as flow:
+        result = Calls().make(**stored("{nowhere}.csv"))(3)
+    error = failed(run(flow), result)
+    assert isinstance(error, ValueError)
+    assert "'nowhere'" in str(error) and "id, " in str(error) and "task_name" in str(error)
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("in/{id}.csv", "../out"),
+        ("in/{id}.csv", "a/../../out"),
+        ("in/{id}/data.csv", ".."),
+        ("in/data_{id}.csv", "/../../out"),
+        ("{id}.csv", "/tmp/out"),
+        ("{id}.csv", "memory://out"),
+        ("memory://in/{id}.csv", "../out"),
+    ],
+)
+def test_a_value_cannot_lead_out_of_the_folder(path, value):
+    with Flow("outside") as flow:
+        calls = Calls()
+        result = calls.make(**stored(path))(value)
+    error = failed(run(flow), result)
+    assert "leads out of the folder" in str(error)
+    assert calls == [] and files() == []
+
+
+def test_a_value_may_name_a_folder_below():
+    with Flow("below") as flow:
+        Calls().make(**stored("in/{id}.csv"))("a/b")
+    assert run(flow).is_successful()
+    assert os.path.exists("in/a/b.csv")
+
+
+def test_children_of_a_map_do_not_share_a_file():
+    with Flow("shared") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data.csv")).map([1, 2])
+        other = calls.make(name="other", **stored("{task_name}.csv")).map(id=[1, 2])
+    state = run(flow)
+    for task_ in (result, other):
+        for child in state.result[task_].map_states:
+            assert child.is_failed()
+            assert "tell them apart: id, map_index" in str(child.result)
+    assert calls == [] and files() == []
+
+
+def test_a_plain_task_runner_cannot_fill_a_template():
+    with Flow("plain") as flow:
+        result = Calls().make(**stored("data_{id}.csv"))(1)
+    state = FlowRunner(flow).run(
+        return_tasks=[result], task_runner_state_handlers=[checkpoint_handler]
+    )
+    error = failed(state, result)
+    assert isinstance(error, TypeError) and "DSTaskRunner" in str(error)
+
+
+def test_a_plain_task_runner_does_for_a_plain_path():
+    with Flow("plain") as flow:
+        Calls().make(**stored("data.csv"))(1)
+    state = FlowRunner(flow).run(task_runner_state_handlers=[checkpoint_handler])
+    assert state.is_successful() and files() == ["data.csv"]
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        (("data",), {}, "tells no file type"),
+        (("data.xyz",), {}, "tells no file type"),
+        (("data.{id}",), {}, "tells no file type"),
+        (("data.csv", "cvs"), {}, "no file type 'cvs'.*csv.*parquet"),
+        (("data_{}.csv",), {}, "need names"),
+        (("data_{0}.csv",), {}, "need names"),
+        ((Path("s3://bucket/data.csv"),), {}, "pass a str"),
+    ],
+)
+def test_bad_storage_is_refused_when_it_is_made(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PandasResultHandler(*args, **kwargs)
+
+
+# Files --------------------------------------------------------------------------------------
+
+EXTENSIONS = {"excel": "xlsx", "hdf": "h5", "pickle": "pkl", "stata": "dta"}
+
+
+def round_trip(file_type, frame, **kwargs):
+    path = "data." + EXTENSIONS.get(file_type, file_type)
+    storage = PandasResult(path, file_type, **kwargs)
+    try:
+        storage._save(frame, path)
+        return storage._load(path)
+    except ImportError as missing:
+        pytest.skip(f"pandas needs another package for {file_type}: {missing}")
+
+
+@pytest.mark.parametrize("file_type", sorted(prefect_ds._FILE_TYPES))
+def test_a_frame_comes_back_as_it_was(file_type):
+    numbers = "int32" if file_type == "stata" else "int64"
+    frame = FRAME.astype({"one": numbers})
+    assert_frame_equal(round_trip(file_type, frame), frame)
+    assert [name for name in files() if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("file_type", ["csv", "excel"])
+def test_words_that_pandas_takes_for_missing_come_back(file_type):
+    frame = pandas.DataFrame({"word": ["NA", "null", "None", None], "number": [1.5, None, 2.5, 3]})
+    assert_frame_equal(round_trip(file_type, frame), frame, check_dtype=False)
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "zip", "xz"])
+def test_compression_follows_from_the_extension(compression):
+    path = "data.csv." + compression
+    storage = PandasResult(path)
+    storage._save(FRAME, path)
+    assert_frame_equal(storage._load(path), FRAME)
+    assert_frame_equal(
+        pandas.read_csv(path, compression=compression if compression != "gz" else "gzip"), FRAME
+    )
+
+
+def test_file_types_are_those_of_pandas():
+    assert {"csv", "json", "parquet", "feather", "pickle", "excel", "hdf", "stata", "html"} <= set(
+        prefect_ds._FILE_TYPES
+    )
+    assert not {"sql", "gbq", "clipboard", "iceberg"} & set(prefect_ds._FILE_TYPES)
+    assert PandasResult("data.x", "CSV").file_type == "csv"
+
+
+def test_keyword_arguments_of_the_user_win():
+    frame = FRAME.set_index("three")
+    restored = round_trip("csv", frame, write_kwargs={"index": True}, read_kwargs={"index_col": 0})
+    assert_frame_equal(restored, frame)
+
+
+def test_says_what_a_file_type_does_not_keep(log):
+    frame = pandas.DataFrame(
+        {"day": pandas.to_datetime(["2020-01-01", "2020-01-02"]), "code": ["01", "02"]},
+        index=["a", "b"],
+    )
+    storage = PandasResult("data.csv")
+    for _ in range(3):
+        storage._save(frame, "data.csv")
+    warnings = sorted(set(log(logging.WARNING).splitlines()))
+    assert len(warnings) == 1
+    for part in (
+        "column 'day' (datetime64",
+        "column 'code'",
+        "int64",
+        "the index",
+        "parquet",
+        "dtype",
+    ):
+        assert part in warnings[0]
+
+
+def test_says_nothing_where_all_is_kept(log):
+    PandasResult("data.csv")._save(FRAME, "data.csv")
+    PandasResult("data.pkl")._save(FRAME.set_index("three"), "data.pkl")
+    assert log(logging.WARNING) == ""
+
+
+def test_folders_are_made():
+    PandasResult("a/b/c.csv")._save(FRAME, "a/b/c.csv")
+    assert_frame_equal(pandas.read_csv("a/b/c.csv"), FRAME)
+
+
+def test_a_folder_of_files_is_replaced_whole():
+    pytest.importorskip("pyarrow")
+    storage = PandasResult("data.parquet", write_kwargs={"partition_cols": ["three"]})
+    for frame in (FRAME, FRAME[:2]):
+        storage._save(frame, "data.parquet")
+        assert len(storage._load("data.parquet")) == len(frame)
+    assert files() == ["data.parquet"]
+
+
+def test_a_write_that_fails_leaves_the_earlier_file():
+    class Unwritable:
+        def __reduce_ex__(self, protocol):
+            raise OSError(28, "No space left on device")
+
+    storage = PandasResult("data.pkl")
+    storage._save(FRAME, "data.pkl")
+    with pytest.raises(OSError, match="No space left"):
+        storage._save(pandas.DataFrame({"bad": [Unwritable()]}), "data.pkl")
+    assert files() == ["data.pkl"]
+    assert_frame_equal(storage._load("data.pkl"), FRAME)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes a tmpfs")
+def test_a_full_disk_fails_the_task_and_leaves_the_earlier_file(empty_folder):
+    small = empty_folder / "small"
+    small.mkdir()
+    mounted = subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], stderr=subprocess.DEVNULL
+    )
+    if mounted != 0:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        large = pandas.DataFrame({"x": [random.random() for _ in range(20000)]})
+
+        @task(**stored("small/data.csv"))
+        def fill():
+            return large
+
+        PandasResult("small/data.csv")._save(FRAME, "small/data.csv")
+        with Flow("full") as flow:
+            result = fill()
+        state = run(flow, context={"recompute": "fill"})
+        assert "No space left" in str(failed(state, result))
+        assert files("small") == ["data.csv"]
+        assert_frame_equal(pandas.read_csv("small/data.csv"), FRAME)
+    finally:
+        subprocess.check_call(["umount", str(small)])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL and fork")
+def test_a_killed_writer_leaves_a_whole_file_or_none():
+    kills = int(os.environ.get("PREFECT_DS_KILLS", 40))
+    seed = random.randrange(10**6)
+    dice = random.Random(seed)
+    frame = pandas.DataFrame({"x": range(20000), "y": "some text"})
+    storage = PandasResult("data.csv")
+    storage._checked_kinds.add((True, *zip(frame.columns, map(str, frame.dtypes))))
+    leftovers = 0
+    for _ in range(kills):
+        writer = os.fork()
+        if writer == 0:
+            try:
+                while True:
+                    storage._save(frame, "data.csv")
+            finally:
+                os._exit(1)
+        time.sleep(dice.random() * 0.08)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        leftovers += len(files()) > 1
+        if os.path.exists("data.csv"):
+            assert len(pandas.read_csv("data.csv")) == 20000, f"seed {seed}"
+    assert leftovers, f"no kill hit a write; seed {seed}"
+    storage._save(frame, "data.csv")
+    assert files() == ["data.csv"], f"seed {seed}"
+
+
+def test_two_writers_of_one_path_leave_one_whole_file():
+    frames = [pandas.DataFrame({"x": [number] * 5000}) for number in range(8)]
+    storage = PandasResult("data.csv")
+
+    def write(frame):
+        for _ in range(10):
+            storage._save(frame, "data.csv")
+            assert len(storage._load("data.csv")) == 5000
+
+    threads = [threading.Thread(target=write, args=(frame,)) for frame in frames]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files() == ["data.csv"]
+    assert storage._load("data.csv").x.nunique() == 1
+
+
+def test_remote_files():
+    fsspec = pytest.importorskip("fsspec")
+    filesystem = fsspec.filesystem("memory")
+    with Flow("remote") as flow:
+        calls = Calls()
+        calls.make(**stored("memory://folder/data_{id}.csv")).map([1, 2])
+    try:
+        for _ in range(2):
+            assert run(flow).is_successful()
+        assert sorted(calls) == [1, 2]
+        found = sorted(os.path.basename(path) for path in filesystem.find("/folder"))
+        assert found == ["data_1.csv", "data_2.csv"]
+    finally:
+        filesystem.store.clear()
+
+
+# A task whose file is there is not run ------------------------------------------------------
+
+
+@on_each_executor
+def test_runs_a_task_once_and_then_loads_it(executor, log):
+    with Flow("twice") as flow:
+        calls = Calls()
+        plain = calls.make(**stored("plain_{id}.csv"))(1)
+        mapped = calls.make(name="mapped", **stored("mapped_{id}.csv")).map([2, 3])
+    first = run(flow, executor=executor())
+    second = run(flow, executor=executor())
+    assert first.is_successful() and second.is_successful()
+    assert_frame_equal(second.result[plain].result, first.result[plain].result)
+    for before, after in zip(first.result[mapped].result, second.result[mapped].result):
+        assert_frame_equal(before, after)
+    assert second.result[plain].message == "Loaded from plain_1.csv"
+    assert files() == ["mapped_2.csv", "mapped_3.csv", "plain_1.csv"]
+    assert sorted(calls) == [1, 2, 3] or executor is EXECUTORS["dask"]
+    said = log(logging.INFO)
+    for name, path in [("make", "plain_1.csv"), ("mapped[1]", "mapped_3.csv")]:
+        assert f"Task '{name}': Wrote {path}" in said
+        assert f"Task '{name}': Loaded {path}, written 0:00:0" in said
+
+
+def test_the_flow_runner_of_prefect_does_as_well():
+    with Flow("prefect") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data_{id}.csv")).map([1, 2])
+    for _ in range(2):
+        state = FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
+            return_tasks=[result], task_runner_state_handlers=[checkpoint_handler]
+        )
+        assert [frame.id[0] for frame in state.result[result].result] == [1, 2]
+    assert calls == [1, 2]
+
+
+def test_storage_of_the_flow_is_used():
+    with Flow("storage", **stored("{task_name}_{id}.csv")) as flow:
+        calls = Calls()
+        calls.make()(1)
+    for _ in range(2):
+        assert run(flow).is_successful()
+    assert calls == [1] and files() == ["make_1.csv"]
+
+
+def raising(signal_):
+    @task(**stored("data.csv"))
+    def end():
+        raise signal_
+
+    return end
+
+
+@pytest.mark.parametrize(
+    "end",
+    [signals.FAIL("no"), signals.SKIP("no"), signals.PAUSE("no"), ValueError("no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_nothing_is_written_for_a_task_that_did_not_succeed(end):
+    with Flow("unsuccessful") as flow:
+        result = raising(end)()
+    state = DSFlowRunner(flow).run(
+        return_tasks=[result], task_runner_state_handlers=[checkpoint_handler]
+    )
+    assert type(state.result[result]).__name__ in ("Failed", "Skipped", "Paused")
+    assert files() == []
+
+
+def test_nothing_is_written_for_a_task_that_timed_out():
+    @task(timeout=1, **stored("data.csv"))
+    def slow():
+        time.sleep(5)
+        return FRAME
+
+    with Flow("timeout") as flow:
+        result = slow()
+    assert type(run(flow).result[result]).__name__ == "TimedOut"
+    assert files() == []
+
+
+def test_a_success_signal_is_written():
+    with Flow("signal") as flow:
+        raising(signals.SUCCESS("done", result=FRAME))()
+    assert run(flow).is_successful()
+    assert_frame_equal(pandas.read_csv("data.csv"), FRAME)
+
+
+def test_a_retry_is_written_when_it_succeeds():
+    attempts = []
+
+    @task(max_retries=2, retry_delay=datetime.timedelta(0), **stored("data_{id}.csv"))
+    def flaky(id):
+        attempts.append(files())
+        if len(attempts) < 3:
+            raise ValueError("not yet")
+        return FRAME
+
+    with Flow("retry") as flow:
+        flaky(1)
+    assert run(flow).is_successful()
+    assert attempts == [[], [], []] and files() == ["data_1.csv"]
+
+
+def test_a_loop_is_written_in_its_last_round():
+    rounds = []
+
+    @task(**stored("data_{id}.csv"))
+    def loop(id):
+        rounds.append(files())
+        if len(rounds) < 3:
+            raise signals.LOOP(result=len(rounds))
+        return FRAME
+
+    with Flow("loop") as flow:
+        loop(1)
+    assert run(flow).is_successful()
+    assert rounds == [[], [], []] and files() == ["data_1.csv"]
+
+
+def test_a_task_without_checkpoint_is_left_alone():
+    with Flow("off") as flow:
+        calls = Calls()
+        calls.make(checkpoint=False, **stored("data.csv"))(1)
+    FRAME.to_csv("data.csv")
+    before = os.stat("data.csv").st_mtime_ns
+    assert run(flow).is_successful()
+    assert calls == [1] and os.stat("data.csv").st_mtime_ns == before
+
+
+def test_tasks_without_our_storage_are_left_alone():
+    @task
+    def number():
+        return 1
+
+    with Flow("others") as flow:
+        result = number()
+    assert run(flow).result[result].result == 1
+    assert files() == []
+
+
+@pytest.mark.parametrize("runner", [DSFlowRunner, FlowRunner])
+def test_works_together_with_the_checkpointing_of_prefect(runner, monkeypatch):
+    writes = []
+    save = PandasResult._save
+    monkeypatch.setattr(PandasResult, "_save", lambda *args: writes.append(args[2]) or save(*args))
+    with Flow("both") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data_{id}.csv"))(1)
+    for _ in range(2):
+        state = runner(flow, task_runner_cls=DSTaskRunner).run(
+            return_tasks=[result],
+            task_runner_state_handlers=[checkpoint_handler],
+            context={"checkpointing": True},
+        )
+        assert state.is_successful()
+        assert_frame_equal(state.result[result].result, FRAME.assign(id=1))
+    assert calls == [1] and writes == ["data_1.csv"] and files() == ["data_1.csv"]
+
+
+@pytest.mark.parametrize("value", [None, 3, [FRAME], FRAME["one"]], ids=lambda v: type(v).__name__)
+def test_what_is_not_a_frame_fails_the_task(value):
+    @task(**stored("data.csv"))
+    def wrong():
+        return value
+
+    with Flow("wrong") as flow:
+        result = wrong()
+    error = failed(run(flow), result)
+    assert isinstance(error, TypeError) and type(value).__name__ in str(error)
+    assert files() == []
+
+
+def test_a_task_that_cannot_write_fails_and_tells_its_handlers(log):
+    heard = []
+    with Flow("deaf") as flow:
+        make = Calls().make(on_failure=lambda task, state: heard.append(state), **stored("a/b.csv"))
+        result = make(1)
+    Path("a").touch()
+    state = run(flow)
+    assert isinstance(failed(state, result), OSError)
+    assert heard == [state.result[result]]
+    assert "Task 'make'" in log(logging.ERROR) and "a" in files()
+
+
+def test_a_task_that_cannot_write_is_retried():
+    folder = Path("a")
+    folder.touch()
+    attempts = []
+
+    @task(max_retries=1, retry_delay=datetime.timedelta(0), **stored("a/b.csv"))
+    def make():
+        if attempts:
+            folder.unlink()
+        attempts.append(1)
+        return FRAME
+
+    with Flow("again") as flow:
+        make()
+    assert run(flow).is_successful()
+    assert len(attempts) == 2 and files("a") == ["b.csv"]
+
+
+def test_raises_on_exception_if_told_to():
+    @task(**stored("data.csv"))
+    def wrong():
+        return 3
+
+    with Flow("raise") as flow:
+        wrong()
+    with pytest.raises(TypeError, match="returned int"), raise_on_exception():
+        run(flow)
+
+
+def damage(path, dice):
+    content = bytearray(Path(path).read_bytes())
+    del content[dice.randrange(len(content) // 2) :]
+    content.append(0)
+    Path(path).write_bytes(bytes(content))
+    return bytes(content)
+
+
+def test_a_file_that_cannot_be_read_is_kept_beside_the_new_one(log):
+    seed = random.randrange(10**6)
+    with Flow("damaged") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data.pkl"))(1)
+    run(flow)
+    content = damage("data.pkl", random.Random(seed))
+    assert run(flow).is_successful(), f"seed {seed}"
+    assert calls == [1, 1]
+    kept = [name for name in files() if name != "data.pkl"]
+    assert len(kept) == 1 and kept[0].startswith("data.pkl.unreadable-20")
+    assert Path(kept[0]).read_bytes() == content
+    assert "data.pkl is there, but cannot be read" in log(logging.WARNING)
+    assert_frame_equal(run(flow).result[result].result, FRAME.assign(id=1))
+    assert calls == [1, 1]
+
+
+def test_a_file_that_cannot_be_read_stays_if_the_task_fails():
+    @task(**stored("data.pkl"))
+    def fail():
+        raise ValueError("no")
+
+    Path("data.pkl").write_bytes(b"damaged")
+    with Flow("damaged") as flow:
+        fail()
+    assert run(flow).is_failed()
+    assert Path("data.pkl").read_bytes() == b"damaged" and files() == ["data.pkl"]
+
+
+def test_another_process_finds_the_files():
+    code = "from test_prefect_ds import *; run_in_another_process()"
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(
+        [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
+    ))  # fmt: skip
+    outs = [
+        subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=120)
+        for _ in range(2)
+    ]
+    assert [out.decode().splitlines()[-1] for out in outs] == ["[1, 2]", "[]"]
+
+
+def run_in_another_process():
+    with Flow("process") as flow:
+        calls = Calls()
+        calls.make(**stored("data_{id}.csv")).map([1, 2])
+    assert run(flow).is_successful()
+    print(calls)
+
+
+# Recomputing --------------------------------------------------------------------------------
+
+
+def chain_of_files():
+    calls = Calls()
+    with Flow("chain") as flow:
+        first = calls.make(name="first", **stored("first.csv"))("first")
+
+        @task(name="between")
+        def between(frame):
+            return len(frame)
+
+        @task(name="mapped", **stored("mapped_{id}.csv"))
+        def mapped(id, length):
+            calls.append("mapped")
+            return FRAME
+
+        mapped.map([1, 2], unmapped(between(first)))
+        calls.make(name="other", **stored("other.csv"))("other")
+    return flow, calls
+
+
+@pytest.mark.parametrize(
+    "recompute, computed",
+    [
+        ("first", ["first"]),
+        ("first+", ["first", "mapped", "mapped"]),
+        ("between+", ["mapped", "mapped"]),
+        ("*", ["first", "mapped", "mapped", "other"]),
+        ("other, mapped", ["mapped", "mapped", "other"]),
+        (["o*"], ["other"]),
+        ("", []),
+    ],
+)
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_recomputes_for_one_run(recompute, computed, executor):
+    flow, calls = chain_of_files()
+    run(flow)
+    del calls[:]
+    for expected in (computed, []):
+        state = run(
+            flow,
+            context={"recompute": recompute} if expected else {},
+            executor=EXECUTORS[executor](),
+        )
+        assert state.is_successful()
+        assert sorted(calls) == expected
+        del calls[:]
+
+
+def test_recomputes_by_the_environment():
+    code = "from test_prefect_ds import *; run_in_another_process()"
+    environment = dict(
+        os.environ,
+        PREFECT__CONTEXT__RECOMPUTE="make",
+        PYTHONPATH=os.pathsep.join(
+            [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
+        ),
+    )
+    for _ in range(2):
+        out = subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=120)
+        assert out.decode().splitlines()[-1] == "[1, 2]"
+
+
+def test_recomputing_a_task_that_is_not_there_is_refused():
+    flow, calls = chain_of_files()
+    state = run(flow, context={"recompute": "frist+"})
+    assert state.is_failed() and calls == []
+    assert "'frist+' matches no task" in str(state.message) and "first" in str(state.message)
