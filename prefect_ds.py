@@ -48,8 +48,8 @@ from prefect.core import Edge, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
 from prefect.engine.flow_runner import FlowRunner
 from prefect.engine.result import NoResult, Result
-from prefect.engine.runner import ENDRUN, call_state_handlers
-from prefect.engine.state import Failed, Finished, Mapped, State, Success
+from prefect.engine.runner import ENDRUN
+from prefect.engine.state import Cached, Failed, Finished, Mapped, State, Success
 from prefect.engine.task_runner import TaskRunner
 from prefect.utilities.collections import merge_dicts
 
@@ -68,7 +68,7 @@ __all__ = [
 # What the installed Prefect offers ----------------------------------------------------------
 
 #: From 0.11 on a task keeps a `Result`, which knows its location; before, a `ResultHandler`.
-_HAS_LOCATIONS = "location" in inspect.signature(Result.__init__).parameters
+_HAS_LOCATIONS = "result_handler" not in inspect.signature(TaskRunner.__init__).parameters
 
 #: From 0.12 on the flow runner submits mapped children itself, by the function `run_task`, and
 #: executors take futures apart. Before, tasks submit their own children to the executor.
@@ -81,6 +81,14 @@ try:
     from prefect.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
 except ImportError:  # below 0.14
     from prefect.engine.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
+
+#: Tasks that Prefect runs again in every later round of an unfinished flow, where it has them.
+_RESTARTED: tuple = (getattr(prefect.tasks.secrets, "SecretBase", ()),)
+if hasattr(prefect.tasks.core, "resource_manager"):
+    _RESTARTED += (
+        prefect.tasks.core.resource_manager.ResourceSetupTask,
+        prefect.tasks.core.resource_manager.ResourceCleanupTask,
+    )
 
 if _HAS_LOCATIONS:
 
@@ -293,7 +301,7 @@ _EXTENSIONS = {
 _COMPRESSIONS = ("bz2", "gz", "xz", "zip", "zst")
 
 #: What makes a frame come back as it was: keyword arguments of the writer, and of the reader.
-_DEFAULTS = {
+_DEFAULTS: dict = {
     "csv": (
         {"index": False},
         {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"},
@@ -346,7 +354,7 @@ def _file_type_of(path):
     extensions = os.path.basename(path).lower().split(".")[1:]
     while extensions and extensions[-1] in _COMPRESSIONS:
         extensions.pop()
-    extension = extensions[-1] if extensions else None
+    extension = extensions[-1] if extensions else ""
     file_type = _EXTENSIONS.get(extension, extension)
     return file_type if file_type in _FILE_TYPES else None
 
@@ -448,7 +456,7 @@ def _remove(path):
 
 
 #: When each large folder was last searched for leftovers (`time.monotonic`).
-_searched = {}
+_searched: dict = {}
 
 
 def _remove_leftovers(folder, name):
@@ -666,7 +674,7 @@ class PandasResult(_Storage):
                 "one of: {}.".format(location, ", ".join(sorted(_FILE_TYPES)))
             )
         defaults = _DEFAULTS.get(file_type, ({}, {}))[1 - direction]
-        kwargs = dict(defaults, **kwargs)
+        kwargs = {**defaults, **kwargs}
         kwargs.pop("storage_options", None)
         return _FILE_TYPES[file_type][direction], kwargs
 
@@ -769,6 +777,9 @@ _RECOMPUTE = "recompute"
 #: In `prefect.context`: whether this task run is among them.
 _RECOMPUTES = "prefect_ds_recomputes"
 
+#: In `prefect.context`: the upstream tasks whose results this task run misses.
+_PURGED_INPUTS = "prefect_ds_purged_inputs"
+
 #: In `prefect.context` and on states: whether all tasks downstream are, too.
 _SPREADS = "_prefect_ds_recompute_spreads"
 
@@ -802,9 +813,8 @@ class DSTaskRunner(TaskRunner):
     ... )  # doctest: +SKIP
     """
 
-    @call_state_handlers
     def check_upstream_finished(self, state, upstream_states):
-        """As Prefect's; moreover, end the run as Failed if an input was purged."""
+        """As Prefect's; moreover, note what the upstream states say about this run."""
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
         seen = [
             (edge, upstream_state)
@@ -816,15 +826,10 @@ class DSTaskRunner(TaskRunner):
             for edge, upstream_state in seen
             if _is_read(edge) and upstream_state._result is PurgedResult
         }
-        if purged and not state.is_mapped():
-            message = (
-                "Task '{}' needs the result of {}, which was purged when its last reader had "
-                "finished. Run the upstream task again (leave its state out of task_states), give "
-                "it a checkpoint, or keep its result with the tag {!r}.".format(
-                    _task_name(), ", ".join(map(repr, sorted(purged))), _KEEP
-                )
-            )
-            raise ENDRUN(Failed(message, result=ValueError(message)))
+        prefect.context[_PURGED_INPUTS] = ", ".join(map(repr, sorted(purged)))
+        maps = any(edge.mapped for edge in upstream_states)
+        if maps and prefect.context.get("map_index") is None and not state.is_mapped():
+            self._check_inputs(state)
         matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
         prefect.context[_SPREADS] = any(p.endswith("+") for p in matching) or any(
             getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
@@ -832,9 +837,27 @@ class DSTaskRunner(TaskRunner):
         prefect.context[_RECOMPUTES] = bool(matching) or prefect.context[_SPREADS]
         return state
 
+    def set_task_to_running(self, state, inputs):
+        """As Prefect's, if no input was purged."""
+        self._check_inputs(state)
+        return super().set_task_to_running(state, inputs=inputs)
+
+    def _check_inputs(self, state):
+        purged = prefect.context.get(_PURGED_INPUTS)
+        if purged and not state.is_finished():
+            message = (
+                f"Task '{_task_name()}' needs the result of {purged}, which was purged when its "
+                "last reader had finished. Run the upstream task again (leave its state out of "
+                f"task_states), give it a checkpoint, or keep its result with the tag {_KEEP!r}."
+            )
+            failed = Failed(message, result=ValueError(message))
+            raise ENDRUN(self.handle_state_change(state, failed))
+
     def call_runner_target_handlers(self, old_state, new_state):
-        """As Prefect's; moreover, tell the tasks downstream that this one is recomputed."""
+        """As Prefect's; moreover, pass on that this task is recomputed, and let go of errors."""
         new_state = super().call_runner_target_handlers(old_state, new_state)
+        if new_state.is_retrying():
+            _forget_frames(old_state.result)
         if prefect.context.get(_SPREADS):
             setattr(new_state, _SPREADS, True)
         return new_state
@@ -849,14 +872,14 @@ class DSTaskRunner(TaskRunner):
 # Results that nobody needs any more ---------------------------------------------------------
 
 
-class _PurgedResultType(type(NoResult)):
+class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
     """The type of `PurgedResult`."""
 
     def __eq__(self, other):
         # Where Prefect asks whether there is a result, there is none.
         return isinstance(other, type(NoResult))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self):
         return "<Purged result>"
@@ -945,8 +968,13 @@ class _Call:
                 yield None, argument
 
     def release(self):
+        """Let go of all that only a call that is not done needs."""
         self.function = self.args = self.kwargs = self.extra_context = None
-        self.needs = self.dependents = self.reads = self.given = None
+        self.needs, self.dependents = [], []
+        if self.record is not None:
+            self.reads = []
+        if self.given is not self.value:
+            self.given = None
 
 
 #: The arguments of a task run in which calls stand for states.
@@ -956,9 +984,10 @@ _UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
 class _TaskRecord:
     """What is known, during one flow run, of a task and the calls that run it."""
 
-    __slots__ = ("keep", "calls", "is_passed", "open_edges", "edges_to")
+    __slots__ = ("keep", "restarts", "calls", "is_passed", "open_edges", "edges_to")
 
     def __init__(self, flow, task, terminal):
+        self.restarts = isinstance(task, _RESTARTED)
         self.keep = task in terminal or _KEEP in task.tags or task.cache_for is not None
         self.edges_to = [edge for edge in flow.edges_to(task) if _is_read(edge)]
         #: edges through which there may still come readers that are not submitted
@@ -981,9 +1010,10 @@ class _DepthFirstExecutor:
     runner still submits.
     """
 
-    def __init__(self, executor, backend, flow):
+    def __init__(self, executor, backend, flow, task_states):
         self._executor = executor
         self._backend = backend
+        self._task_states = task_states
         terminal = flow.terminal_tasks()
         self._records = {task: _TaskRecord(flow, task, terminal) for task in flow.sorted_tasks()}
         self._not_passed = list(reversed(flow.sorted_tasks()))
@@ -1039,17 +1069,22 @@ class _DepthFirstExecutor:
         return record
 
     def _calls_behind(self, edge, upstream):
-        if isinstance(upstream, _Call):
-            return [upstream]
         if isinstance(upstream, list):
             return [call for call in upstream if isinstance(call, _Call)]
-        # A state that the flow runner has got by `wait`, or that came from an earlier run.
+        if isinstance(upstream, _Call):
+            return [upstream] + ([] if upstream.record else self._calls_done(edge, upstream))
+        return self._calls_done(edge, upstream)
+
+    def _calls_done(self, edge, upstream):
+        """The calls behind a state that the flow runner, or a helper of it, has got already."""
         record = self._records.get(edge.upstream_task) if edge else None
-        if record is None or not isinstance(upstream, State):
+        if record is None:
             return []
-        if not record.calls:
-            record.calls.append(self._call_done_before(record, upstream))
-        return record.calls if upstream.is_mapped() and not edge.mapped else record.calls[:1]
+        given = self._task_states.get(edge.upstream_task)
+        if not record.calls and isinstance(given, State):
+            record.calls.append(self._call_done_before(record, given))
+        is_reduced = isinstance(upstream, Mapped) and not edge.mapped
+        return record.calls if is_reduced else record.calls[:1]
 
     def _call_done_before(self, record, state):
         call = _Call(-1, record, None, (), {"state": state}, None)
@@ -1064,7 +1099,7 @@ class _DepthFirstExecutor:
             needed.dependents.append((call, edge))
         if edge is None or _is_read(edge):
             # What a helper hands on was read from others, who may have to be asked again.
-            for read in [needed] + (needed.reads or [] if needed.record is None else []):
+            for read in [needed] + (needed.reads if needed.record is None else []):
                 call.reads.append(read)
                 read.readers += 1
 
@@ -1079,6 +1114,8 @@ class _DepthFirstExecutor:
         """If all readers that this task stands for are submitted, purge what nobody reads."""
         if not record.is_passed or (record.calls and not record.calls[0].done):
             return
+        if record.calls:
+            self._backend.forget_inputs(record.calls[0])
         for edge in record.edges_to:
             upstream = self._records[edge.upstream_task]
             upstream.open_edges -= 1
@@ -1099,7 +1136,7 @@ class _DepthFirstExecutor:
         """Run the wanted calls (None: all), and what they make possible."""
         running = 0
         while True:
-            while running < self._backend.width:
+            while running < self._backend.width():
                 call = self._choose(wanted)
                 if call is None:
                     break
@@ -1141,12 +1178,12 @@ class _DepthFirstExecutor:
                 heappush(self._blocked, entry)
         calls = self._calls
         if wanted is not None:
-            candidates = (calls[number] for number in sorted(wanted))
+            oldest_first = map(calls.__getitem__, sorted(wanted))
         else:
             while self._first < len(calls) and calls[self._first].started:
                 self._first += 1
-            candidates = itertools.islice(calls, self._first, None)
-        unstarted = (call for call in candidates if not call.started)
+            oldest_first = map(calls.__getitem__, range(self._first, len(calls)))
+        unstarted = (call for call in oldest_first if not call.started)
         for call in itertools.islice(unstarted, self._look_ahead):
             leaf = self._leaf(call)
             if leaf is not None:
@@ -1156,7 +1193,7 @@ class _DepthFirstExecutor:
     @property
     def _look_ahead(self):
         """How many calls to ask for one that can start, before it is taken that there is none."""
-        return 4 * self._backend.width + 4
+        return 4 * self._backend.width() + 4
 
     def _leaf(self, call):
         """A call that can start now and without which `call` cannot."""
@@ -1186,6 +1223,8 @@ class _DepthFirstExecutor:
     def _finish(self, call, outcome):
         call.done = True
         is_finished = self._backend.take(call, outcome)
+        if call.is_held:
+            self._backend.hold(call)
         children = [c for c in _children_of(call.value) if isinstance(c, _Call)]
         for dependent, edge in reversed(call.dependents):
             if children and edge is not None and not edge.mapped:
@@ -1198,8 +1237,8 @@ class _DepthFirstExecutor:
                 heappush(self._blocked, (dependent.missing, -next(self._clock), dependent))
         for read in call.reads:
             read.readers -= 1
-            if not is_finished:
-                self._backend.hold(read)
+            if not is_finished or self._is_asked_again(call, read):
+                self._hold(read)
             self._purge_if_unread(read)
         record = call.record
         call.release()
@@ -1207,6 +1246,30 @@ class _DepthFirstExecutor:
             if call is record.calls[0]:
                 self._close_edges_to(record)
             self._purge_if_unread(call)
+
+    def _hold(self, read):
+        """Keep what will be read in another round: from a mapped task, what all children return."""
+        is_top = read.record is not None and read is read.record.calls[0]
+        for call in read.record.calls if is_top else [read]:
+            call.is_held = True
+            if call.done:
+                self._backend.hold(call)
+
+    def _is_asked_again(self, call, read):
+        """Whether Prefect makes this call again if the flow takes another round, come what may."""
+        if call.record is None:
+            # It counts what the children of a map that is flattened have returned.
+            return read.record is not None and read is not read.record.calls[0]
+        return call.record.restarts
+
+    def close(self, is_finished):
+        """Purge what was held for another round, if there will be none, and let go of all calls."""
+        for record in self._records.values():
+            for call in record.calls if is_finished and not record.keep else ():
+                if call.is_held:
+                    self._backend.purge(call)
+            # A call and its record refer to each other: only the cycle collector would free them.
+            record.calls.clear()
 
 
 def _calls_in(futures):
@@ -1237,15 +1300,18 @@ def _children_of(state):
 class _Here:
     """Calls run one by one, in this thread."""
 
-    width = 1
-
     def __init__(self, executor):
         self._executor = executor
-        self._finished = []
+        self._width = 1
+        self._finished: list = []
 
     @contextmanager
     def start(self):
         yield
+
+    def width(self):
+        """How many calls can run at a time."""
+        return self._width
 
     def begin(self, call):
         self._finished.append((call, _run_call(*self._arguments(call))))
@@ -1256,7 +1322,7 @@ class _Here:
         return finished
 
     def take(self, call, outcome):
-        """Keep the outcome of a call; whether its task run is finished."""
+        """Keep the outcome of a call; return whether its task run has read its inputs for good."""
         call.value = outcome
         if not isinstance(outcome, State):
             return True
@@ -1264,11 +1330,13 @@ class _Here:
         if outcome.is_finished() and not (outcome.is_mapped() or outcome.is_cached()):
             # Below 0.12 a state holds its inputs, in case that it is retried.
             outcome.cached_inputs = {}
-        return outcome.is_finished()
+        # A later round runs a Cached task again, to see whether its inputs are still the same.
+        return outcome.is_finished() and not outcome.is_cached()
 
     def hold(self, call):
-        call.is_held = True
-        setattr(call.value, _HELD, True)
+        """Let the next round know that this result is to be purged in the end."""
+        if call.given is not call.value:
+            setattr(call.value, _HELD, True)
 
     def purge(self, call):
         state = call.value
@@ -1277,6 +1345,14 @@ class _Here:
         if state.is_successful() and not (state.is_mapped() or state.is_skipped()):
             state._result = PurgedResult
             setattr(state, _HELD, False)
+
+    def forget_inputs(self, call):
+        """Drop what the state of a mapped task has kept, of an earlier round, for its children."""
+        state = call.value
+        if isinstance(state, Mapped):
+            state.cached_inputs = {}
+            if any(getattr(child, _HELD, False) for child in state.map_states):
+                state.result = None
 
     def resolve(self, futures):
         return _replace_calls(futures, lambda call: call.value if call.done else call)
@@ -1308,7 +1384,7 @@ class _InPool(_Here):
 
     def __init__(self, executor):
         super().__init__(executor)
-        self._outcomes = queue.Queue()
+        self._outcomes: queue.Queue = queue.Queue()
 
     @contextmanager
     def start(self):
@@ -1316,17 +1392,17 @@ class _InPool(_Here):
         from dask.multiprocessing import get_context
         from dask.system import CPU_COUNT
 
-        self.width = dask.config.get("num_workers", None) or CPU_COUNT
+        self._width = dask.config.get("num_workers", None) or CPU_COUNT
         self._is_remote = self._executor.scheduler in ("processes", "multiprocessing")
         pool = getattr(self._executor, "_pool", None)
         if isinstance(pool, concurrent.futures.Executor):
             self._pool = pool
             yield
         elif self._is_remote:
-            with concurrent.futures.ProcessPoolExecutor(self.width, get_context()) as self._pool:
+            with concurrent.futures.ProcessPoolExecutor(self._width, get_context()) as self._pool:
                 yield
         else:
-            with concurrent.futures.ThreadPoolExecutor(self.width) as self._pool:
+            with concurrent.futures.ThreadPoolExecutor(self._width) as self._pool:
                 yield
 
     def begin(self, call):
@@ -1355,18 +1431,17 @@ class _OnCluster(_InPool):
 
     def __init__(self, executor):
         super().__init__(executor)
-        self._width = None
-        self._asked = 0
+        self._asked = -float("inf")
+        self._fetched = {}  # states that are held, by the number of their call
         self._stood_in_for = {}  # calls by the id of their stand-in
 
     @contextmanager
     def start(self):
         yield
 
-    @property
     def width(self):
         now = time.monotonic()
-        if self._width is None or now - self._asked > self.PATIENCE:
+        if now - self._asked > self.PATIENCE:
             self._width = max(1, sum(self._executor.client.nthreads().values()))
             self._asked = now
         return self._width
@@ -1383,37 +1458,47 @@ class _OnCluster(_InPool):
         call.value = future
         # The cluster tells the type of a result. Asking for more would move the result.
         kind = future.type or type(self._executor.wait(future))
-        return not issubclass(kind, State) or issubclass(kind, Finished)
+        if not issubclass(kind, State):
+            return True
+        return issubclass(kind, Finished) and not issubclass(kind, Cached)
 
     def hold(self, call):
-        call.is_held = True
+        pass  # `resolve` does it: the state is not here yet.
 
     def purge(self, call):
-        if getattr(call.value, "type", None) is Success:
+        call.value = self._fetched.get(call.number, call.value)
+        if isinstance(call.value, State):
+            super().purge(call)
+        elif call.value.type is Success:
             call.value = Success("Purged when its last reader had finished.", result=PurgedResult)
 
     def resolve(self, futures):
         calls = {call.number: call for call in _calls_in(futures)}
-        unmapped = set()
-        if isinstance(futures, dict):
-            # The flow runner waits for the inputs of a mapped task, but looks only into those
-            # that it maps over. Stand-ins spare the others the way to the client and back.
-            unmapped.update(
-                call.number
-                for edge, call in futures.items()
-                if isinstance(edge, Edge) and isinstance(call, _Call) and not edge.mapped
-                if call.value.type is Success
-            )
+        stand_ins = self._stand_ins(futures) if isinstance(futures, dict) else {}
         values = self._executor.wait(
-            {number: call.value for number, call in calls.items() if number not in unmapped}
+            {number: call.value for number, call in calls.items() if number not in stand_ins}
         )
-        for number, call in calls.items():
-            if number in unmapped:
-                values[number] = call.stand_in = call.stand_in or Success(result=PurgedResult)
-                self._stood_in_for[id(call.stand_in)] = call
-            elif call.is_held:
-                setattr(values[number], _HELD, True)
+        for number, state in values.items():
+            if calls[number].is_held:
+                self._fetched[number] = state
+                setattr(state, _HELD, True)
+        values.update(stand_ins)
         return _replace_calls(futures, lambda call: values[call.number])
+
+    def _stand_ins(self, futures):
+        """States by the number of the call for which they stand.
+
+        The flow runner waits for all inputs of a mapped task, but looks only into those that it
+        maps over. The others are spared the way to the client and back.
+        """
+        stand_ins = {}
+        for edge, call in futures.items():
+            if not isinstance(edge, Edge) or not isinstance(call, _Call) or edge.mapped:
+                continue
+            if getattr(call.value, "type", type(None)) is Success:
+                call.stand_in = stand_ins[call.number] = Success(result=PurgedResult)
+                self._stood_in_for[id(call.stand_in)] = call
+        return stand_ins
 
     def _states(self, upstream):
         states = super()._states(upstream)
@@ -1463,11 +1548,21 @@ def _run_pickled(work):
 
 
 def _forget_frames(error):
-    """Let go of the local variables, and so of the frames of data, that an error has seen."""
+    """Let go of the local variables, and so of the frames of data, that an error has seen.
+
+    A traceback keeps the calls that it names, and through them those that led there.
+    """
     seen = set()
     while isinstance(error, BaseException) and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
+        caller = error.__traceback__ and error.__traceback__.tb_frame.f_back
+        while caller is not None:
+            try:
+                caller.clear()
+            except RuntimeError:
+                break  # It is under way, and so are all behind it.
+            caller = caller.f_back
         error = error.__cause__ or error.__context__
 
 
@@ -1528,8 +1623,13 @@ class DSFlowRunner(FlowRunner):
         prefect.context["parameters"] = parameters
         backend = _backend_for(executor)
         if backend is not None:
-            executor = _DepthFirstExecutor(executor, backend, self.flow)
-        return super().get_flow_run_state(state, executor=executor, **kwargs)
+            executor = _DepthFirstExecutor(executor, backend, self.flow, kwargs["task_states"])
+        try:
+            state = super().get_flow_run_state(state, executor=executor, **kwargs)
+        finally:
+            if backend is not None:
+                executor.close(state.is_finished())
+        return state
 
 
 def _backend_for(executor):

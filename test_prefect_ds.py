@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -26,9 +25,9 @@ import prefect
 import pytest
 from pandas.testing import assert_frame_equal
 from prefect import Flow, Parameter, Task, task, unmapped
-from prefect.engine import FlowRunner, TaskRunner, signals
+from prefect.engine import FlowRunner, signals
 from prefect.engine.result import Result
-from prefect.engine.state import Failed, Success
+from prefect.engine.state import Success
 from prefect.utilities.debug import raise_on_exception
 
 import prefect_ds
@@ -139,7 +138,6 @@ INTERNALS = [
         "old_state new_state",
         "checkpoint_handler, DSTaskRunner: handlers hear of failures and recomputing",
     ),
-    ("prefect.engine.runner.call_state_handlers", "method", "DSTaskRunner.check_upstream_finished"),
     ("prefect.engine.runner.ENDRUN", "state", "DSTaskRunner.check_upstream_finished"),
     ("prefect.engine.result.Result.__init__", "value", "PandasResult, PurgedResult"),
     ("prefect.engine.result.NoResult", None, "PurgedResult"),
@@ -1084,3 +1082,381 @@ def test_recomputing_a_task_that_is_not_there_is_refused():
     state = run(flow, context={"recompute": "frist+"})
     assert state.is_failed() and calls == []
     assert "'frist+' matches no task" in str(state.message) and "first" in str(state.message)
+
+
+# Results that nobody needs any more ---------------------------------------------------------
+
+#: What the tasks below have made and is still referenced.
+alive = weakref.WeakSet()
+peak = []
+
+
+class Part:
+    """Stands for a large frame: counted while it is alive."""
+
+    def __init__(self):
+        alive.add(self)
+        peak[:] = [max([len(alive), *peak])]
+
+
+def new_part(part=None):
+    assert part is None or isinstance(part, Part)
+    return Part()
+
+
+@task
+def load(i):
+    return new_part()
+
+
+@task
+def step(part):
+    return new_part(part)
+
+
+@task
+def both(one, other):
+    return new_part(one)
+
+
+@task
+def count(part):
+    assert isinstance(part, Part)
+    return 1
+
+
+@task
+def total(counts):
+    return sum(counts)
+
+
+@task
+def numbers(n):
+    return list(range(n))
+
+
+@pytest.fixture
+def counted():
+    """Only reference counting may free; what waits for the cycle collector counts as alive."""
+    gc.collect()
+    alive.clear()
+    peak.clear()
+    gc.disable()
+    logging.disable(logging.CRITICAL)  # pytest keeps what is logged, with its errors
+    yield
+    logging.disable(logging.NOTSET)
+    gc.enable()
+
+
+def chain(length):
+    with Flow("chain") as flow:
+        part = load(0)
+        for _ in range(length - 1):
+            part = step(part)
+        count(part)
+    return flow
+
+
+def mapped(width, stages=4):
+    with Flow("map") as flow:
+        part = load.map(numbers(width))
+        for _ in range(stages - 1):
+            part = step.map(part)
+        flow.total = total(count.map(part))
+    return flow
+
+
+@pytest.mark.parametrize("executor", ["local", "synchronous"])
+def test_a_chain_needs_two_frames(executor, counted):
+    assert run(chain(9), executor=EXECUTORS[executor]()).is_successful()
+    assert peak == [2] and not alive
+
+
+@pytest.mark.parametrize("executor", ["local", "synchronous"])
+def test_a_map_needs_two_frames(executor, counted):
+    flow = mapped(20)
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert state.result[flow.total].result == 20
+    assert peak == [2] and not alive
+
+
+@pytest.mark.parametrize("executor", ["threads", "dask"])
+def test_a_map_needs_two_frames_for_each_worker(executor, counted):
+    flow = mapped(30)
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert state.result[flow.total].result == 30
+    if PURGES_ON_DASK:
+        assert peak[0] <= 2 * 2 + 2
+
+
+def test_two_maps_that_meet_need_three_frames(counted):
+    with Flow("zip") as flow:
+        n = numbers(10)
+        one, other = load.map(n), load.map(n)
+        total(count.map(one))
+        total(count.map(both.map(one, other)))
+    assert run(flow).is_successful()
+    assert peak == [3] and not alive
+
+
+def test_a_task_that_reduces_lets_go_of_all_frames(counted):
+    @task
+    def reduce(parts):
+        return len(parts)
+
+    with Flow("reduce") as flow:
+        first = reduce(load.map(numbers(5)))
+        load(first)
+    state = run(flow)
+    assert state.is_successful()
+    assert peak == [5] and len(alive) == 1, "the terminal result is kept"
+
+
+def test_a_list_that_is_mapped_over_is_dropped(counted):
+    @task
+    def parts():
+        return [new_part() for _ in range(5)]
+
+    with Flow("list") as flow:
+        total(count.map(parts()))
+    assert run(flow).is_successful()
+    assert not alive
+
+
+def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counted):
+    with Flow("unmapped") as flow:
+        frame = load(0)
+        first = total(count.map(both.map(load.map(numbers(4)), unmapped(frame))))
+        load(first)
+    assert run(flow).is_successful()
+    assert peak == [3] and len(alive) == 1
+
+
+def test_an_error_does_not_hold_the_frames_that_it_has_seen(counted):
+    @task
+    def fail(part):
+        local = [part]
+        raise ValueError(len(local))
+
+    with Flow("errors") as flow:
+        failures = fail.map(load.map(numbers(5)))
+    state = run(flow)
+    assert all(child.is_failed() for child in state.result[failures].map_states)
+    assert peak[0] <= 2 and not alive
+
+
+def test_a_skipped_task_does_not_hold_its_inputs(counted):
+    @task
+    def skip(part):
+        raise signals.SKIP("no")
+
+    with Flow("skip") as flow:
+        skip.map(load.map(numbers(5)))
+    assert run(flow).is_successful()
+    assert peak[0] <= 2 and not alive
+
+
+@on_each_executor
+def test_purges_upstream_tasks(executor):
+    with Flow("purge") as flow:
+        initial = Calls().make()(1)
+        doubled = double(initial)
+        final = double(doubled)
+    state = DSFlowRunner(flow).run(return_tasks=flow.tasks, executor=executor())
+    if PURGES_ON_DASK or executor in (EXECUTORS["local"], EXECUTORS["synchronous"]):
+        for purged in (initial, doubled):
+            assert state.result[purged].is_successful()
+            assert state.result[purged]._result is PurgedResult
+            assert state.result[purged].result is None
+    assert_frame_equal(state.result[final].result, FRAME.assign(id=1) * 4)
+
+
+@task
+def double(frame):
+    return frame * 2
+
+
+def test_keeps_what_is_tagged_cached_or_terminal():
+    with Flow("keep") as flow:
+        make = Calls().make
+        tagged = make(tags=["prefect-ds:keep"])(1)
+        cached = make(cache_for=datetime.timedelta(minutes=1))(2)
+        purged = make()(3)
+        final = [double(result) for result in (tagged, cached, purged)]
+    state = run(flow)
+    for kept in [tagged, cached, *final]:
+        assert isinstance(state.result[kept].result, pandas.DataFrame)
+    assert state.result[purged]._result is PurgedResult
+
+
+attempts = []
+
+
+def fail_at_first(i, fails):
+    attempts.append(i)
+    if i == 1 and attempts.count(1) <= fails:
+        raise ValueError("not yet")
+
+
+def retried(fails, width=3):
+    """A map whose child number 1 fails at first, reading what was loaded for it."""
+    attempts.clear()
+
+    @task(max_retries=2, retry_delay=datetime.timedelta(0))
+    def flaky(part, i):
+        fail_at_first(i, fails)
+        return new_part(part)
+
+    with Flow("retry") as flow:
+        n = numbers(width)
+        flow.loaded = load.map(n)
+        flow.flaky = flaky.map(flow.loaded, n)
+        flow.total = total(count.map(flow.flaky))
+    return flow
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+@on_each_executor
+def test_inputs_of_a_retry_are_kept_until_it_has_finished(executor, fails):
+    flow = retried(fails)
+    state = run(flow, executor=executor())
+    assert state.result[flow.total].result == 3
+    for child in state.result[flow.loaded].map_states if PURGES_ON_DASK else ():
+        assert child._result is PurgedResult
+
+
+def test_inputs_of_a_retry_are_all_that_is_kept(counted):
+    flow = retried(1)
+    first = DSFlowRunner(flow).run(return_tasks=flow.tasks)
+    assert first.is_running()
+    loaded = [child._result is PurgedResult for child in first.result[flow.loaded].map_states]
+    assert loaded == [True, False, True]
+    second = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states=first.result)
+    assert second.is_successful() and second.result[flow.total].result == 3
+    del first, second
+    assert not alive
+
+
+def test_states_of_the_caller_are_not_touched():
+    with Flow("caller") as flow:
+        make = Calls().make()(1)
+        final = double(make)
+    given = Success(result=FRAME)
+    state = DSFlowRunner(flow).run(return_tasks=[make, final], task_states={make: given})
+    assert_frame_equal(given.result, FRAME)
+    assert_frame_equal(state.result[final].result, FRAME * 2)
+
+
+def test_a_task_does_not_run_on_a_purged_result():
+    ran = []
+
+    @task
+    def read(frame):
+        ran.append(frame)
+
+    with Flow("stale") as flow:
+        make = Calls().make(name="source")(1)
+        result = read(make)
+    first = run(flow)
+    heard = []
+    result.state_handlers.append(lambda task, old, new: heard.append(new))
+    state = DSFlowRunner(flow).run(return_tasks=[result], task_states={make: first.result[make]})
+    assert state.is_failed() and len(ran) == 1
+    message = str(state.result[result].message)
+    assert "'source'" in message and "prefect-ds:keep" in message and "task_states" in message
+    assert heard and heard[-1].is_failed()
+
+
+def test_a_map_does_not_run_over_a_purged_list():
+    with Flow("stale") as flow:
+        source = numbers(3)
+        result = load.map(source)
+    first = run(flow)
+    state = DSFlowRunner(flow).run(
+        return_tasks=[result], task_states={source: first.result[source]}
+    )
+    assert state.is_failed() and state.result[result].is_failed()
+
+
+def test_dependencies_without_data_are_kept():
+    order = []
+
+    @task
+    def note(i):
+        order.append(i)
+        return new_part()
+
+    with Flow("order") as flow:
+        first = note(1)
+        second = note(2, upstream_tasks=[first])
+        note(3).set_upstream(second)
+        note.map([4, 5], upstream_tasks=[unmapped(second)])
+    assert run(flow).is_successful()
+    assert order[:2] == [1, 2] and sorted(order[2:]) == [3, 4, 5]
+
+
+def test_a_long_chain_does_not_recurse():
+    with Flow("long") as flow:
+        result = numbers(0)
+        for _ in range(300):
+            result = pass_on(result)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        state = run(flow)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert state.is_successful()
+
+
+@task
+def pass_on(x):
+    return x
+
+
+def test_other_executors_run_as_without_it():
+    class Other(type(prefect_ds.LocalExecutor()).__mro__[1]):
+        def submit(self, fn, *args, extra_context=None, **kwargs):
+            return fn(*args, **kwargs)
+
+        def map(self, fn, *args):
+            return [fn(*a) for a in zip(*args)]
+
+        def wait(self, futures):
+            return futures
+
+    flow = mapped(3)
+    assert run(flow, executor=Other()).result[flow.total].result == 3
+
+
+@pytest.mark.parametrize("fresh", [0, 1])
+def test_a_flow_within_a_task_runs_on_its_own(fresh):
+    @task(**stored("{id}.csv"))
+    def outer(id):
+        with Flow("inner") as inner:
+            Calls().make(name="inner", **stored("inner.csv"))(9)
+        assert (
+            FlowRunner(inner).run(task_runner_state_handlers=[checkpoint_handler]).is_successful()
+        )
+        return FRAME
+
+    with Flow("outer") as flow:
+        outer(1)
+    assert run(flow).is_successful()
+    assert files() == ["1.csv", "inner.csv"]
+
+
+# The marker ---------------------------------------------------------------------------------
+
+
+def test_there_is_one_purged_result():
+    for same in (
+        copy.copy(PurgedResult),
+        copy.deepcopy(PurgedResult),
+        pickle.loads(pickle.dumps(PurgedResult)),
+        cloudpickle.loads(cloudpickle.dumps(PurgedResult)),
+        PurgedResult.copy() if hasattr(Result, "copy") else PurgedResult,
+    ):
+        assert same is PurgedResult
+    assert repr(PurgedResult) == "<Purged result>" and str(PurgedResult) == "PurgedResult"
+    assert copy.deepcopy(Success(result=PurgedResult))._result is PurgedResult
