@@ -1495,7 +1495,8 @@ class _OnCluster(_InPool):
         for edge, call in futures.items():
             if not isinstance(edge, Edge) or not isinstance(call, _Call) or edge.mapped:
                 continue
-            if getattr(call.value, "type", type(None)) is Success:
+            kind = getattr(call.value, "type", None)
+            if kind is not None and kind is Success:
                 call.stand_in = stand_ins[call.number] = Success(result=PurgedResult)
                 self._stood_in_for[id(call.stand_in)] = call
         return stand_ins

@@ -17,23 +17,34 @@ import textwrap
 import threading
 import time
 import weakref
+import zlib
+from collections import ChainMap, Counter, namedtuple
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import ANY
 
 import cloudpickle
 import pandas
 import prefect
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from prefect import Flow, Parameter, Task, task, unmapped
-from prefect.engine import FlowRunner, signals
+from prefect import Flow, Parameter, Task, task, triggers, unmapped
+from prefect.engine import FlowRunner, signals, state
 from prefect.engine.result import Result
 from prefect.engine.state import Success
+from prefect.tasks import control_flow
+from prefect.tasks.secrets import EnvVarSecret
 from prefect.utilities.debug import raise_on_exception
 
 import prefect_ds
 from prefect_ds import (
+    DaskExecutor,
     DSFlowRunner,
     DSTaskRunner,
+    LocalDaskExecutor,
+    LocalExecutor,
     PandasResult,
     PandasResultHandler,
     PurgedResult,
@@ -62,14 +73,14 @@ def dask_executor(**cluster):
     """A cluster in this process, with two threads."""
     cluster = {"processes": False, "n_workers": 1, "threads_per_worker": 2, **cluster}
     if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
-        return prefect_ds.DaskExecutor(cluster_kwargs=dict(cluster, dashboard_address=None))
-    return prefect_ds.DaskExecutor(local_processes=cluster.pop("processes"), **cluster)
+        return DaskExecutor(cluster_kwargs=dict(cluster, dashboard_address=None))
+    return DaskExecutor(local_processes=cluster.pop("processes"), **cluster)
 
 
 EXECUTORS = {
-    "local": prefect_ds.LocalExecutor,
-    "synchronous": lambda: prefect_ds.LocalDaskExecutor(scheduler="synchronous"),
-    "threads": lambda: prefect_ds.LocalDaskExecutor(scheduler="threads", num_workers=2),
+    "local": LocalExecutor,
+    "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
+    "threads": lambda: LocalDaskExecutor(scheduler="threads", num_workers=2),
     "dask": dask_executor,
 }
 
@@ -108,8 +119,6 @@ class Calls(list):
 
 
 # What of Prefect the module relies on -------------------------------------------------------
-
-ANY = object()
 
 #: name, parameters that must be there, what depends on it
 INTERNALS = [
@@ -330,9 +339,9 @@ def test_can_be_vendored(empty_folder):
 def test_can_be_vendored_on_dask_workers(empty_folder):
     cluster = "dict(processes=True, n_workers=1, threads_per_worker=1)"
     if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
-        executor = f"prefect_ds.DaskExecutor(cluster_kwargs={cluster})"
+        executor = f"DaskExecutor(cluster_kwargs={cluster})"
     else:
-        executor = "prefect_ds.DaskExecutor(local_processes=True, n_workers=1)"
+        executor = "DaskExecutor(local_processes=True, n_workers=1)"
     out = vendor(empty_folder, "executor = " + executor)
     assert out == "6 ['data_1.csv', 'data_2.csv', 'data_3.csv']\n"
 
@@ -438,7 +447,7 @@ def test_threads_that_run_the_same_task_do_not_mix_arguments():
 
     with Flow("threads") as flow:
         write.map(list(range(40)))
-    executor = prefect_ds.LocalDaskExecutor(scheduler="threads", num_workers=8)
+    executor = LocalDaskExecutor(scheduler="threads", num_workers=8)
     assert run(flow, executor=executor).is_successful()
     for id in range(40):
         assert set(pandas.read_csv(f"data_{id}.csv").id) == {id}
@@ -1415,7 +1424,7 @@ def pass_on(x):
 
 
 def test_other_executors_run_as_without_it():
-    class Other(type(prefect_ds.LocalExecutor()).__mro__[1]):
+    class Other(type(LocalExecutor()).__mro__[1]):
         def submit(self, fn, *args, extra_context=None, **kwargs):
             return fn(*args, **kwargs)
 
@@ -1460,3 +1469,390 @@ def test_there_is_one_purged_result():
         assert same is PurgedResult
     assert repr(PurgedResult) == "<Purged result>" and str(PurgedResult) == "PurgedResult"
     assert copy.deepcopy(Success(result=PurgedResult))._result is PurgedResult
+
+
+# Any flow runs as on Prefect's FlowRunner ---------------------------------------------------
+#
+# A plan is drawn, in plain data; a flow is built of it, twice, and run on the one runner and on
+# the other. PREFECT_DS_EXAMPLES says how many plans; executors that are slower get fewer.
+
+_EXAMPLES = int(os.environ.get("PREFECT_DS_EXAMPLES", 25))
+
+_Plan = namedtuple("_Plan", "steps parameter entry given raises references")
+
+#: A step adds one task or a few. Child i of a map plays `scripts[i % len(scripts)]`.
+_Step = namedtuple("_Step", "kind reads scripts options")
+
+#: What a task reads, or waits for: the task that was added `back` tasks before, or a constant.
+_Read = namedtuple("_Read", "back part how")
+
+#: What a task does when it is run first, second, ...; from then on it does the last.
+_SCRIPTS = [
+    ("number",),
+    ("list of 2",),
+    ("list of 3",),
+    ("list of 1",),
+    ("list of 0",),
+    ("list of 4",),
+    ("nested",),
+    ("None",),
+    ("True",),
+    ("False",),
+    ("raise",),
+    ("raise", "number"),
+    ("raise", "raise", "list of 2"),
+    ("FAIL",),
+    ("FAIL", "number"),
+    ("SKIP",),
+    ("SUCCESS",),
+    ("LOOP", "LOOP", "number"),
+    ("LOOP", "raise", "number"),
+    ("LOOP", "SKIP"),
+    ("RETRY", "number"),
+    ("RETRY", "RETRY", "raise"),
+]
+
+_TRIGGERS = [
+    triggers.all_failed,
+    triggers.all_finished,
+    triggers.any_failed,
+    triggers.any_successful,
+    triggers.not_all_skipped,
+    triggers.some_failed(at_least=1),
+    triggers.some_successful(at_least=1, at_most=2),
+]
+
+_KINDS = ["task", "filter", "ifelse", "switch", "merge", "secret", "end"]
+_KINDS += ["case"] if hasattr(control_flow, "case") else []
+_KINDS += [name for name in ("resource_manager", "apply_map") if hasattr(prefect, name)]
+_HOWS = ["data", "mapped", "waits", "mapped waits"]
+_HOWS += ["flat", "flat mapped"] if hasattr(prefect, "flatten") else []
+
+
+def _forgive(task, old_state, new_state):
+    return state.Success(result="forgiven") if new_state.is_failed() else new_state
+
+
+def _protest(task, old_state, new_state):
+    if new_state.is_successful():
+        raise ValueError("protest")
+    return new_state
+
+
+_OPTIONS = [
+    {"max_retries": 1, "retry_delay": timedelta(0)},
+    {"max_retries": 2, "retry_delay": timedelta(0)},
+    {"skip_on_upstream_skip": False},
+    {"cache_for": timedelta(days=1)},
+    {"tags": ["prefect-ds:keep"]},
+    {"state_handlers": [_forgive]},
+    {"state_handlers": [_protest]},
+]
+
+_GIVEN = {
+    "Success": lambda: state.Success(result=[1, 2]),
+    "Skipped": lambda: state.Skipped(result=3),
+    "Failed": lambda: state.Failed(result=ValueError("given")),
+    "Pending": state.Pending,
+    "Mapped": lambda: state.Mapped(map_states=[state.Success(result=4), state.Pending()]),
+}
+
+
+def _plans(pausing):
+    """Plans; with tasks that pause only for the entry that does not ask the user to go on."""
+    reads = st.builds(
+        _Read,
+        back=st.one_of(st.integers(0, 4), st.integers(0, 1), st.none()),
+        part=st.sampled_from(["all", "all", "all", "all", "[0]", "in a list"]),
+        how=st.sampled_from(["data", "mapped", *_HOWS]),
+    )
+    scripts = st.sampled_from(_SCRIPTS[:6] * 4 + _SCRIPTS + [("PAUSE", "number")] * pausing)
+    chosen = _TRIGGERS + [triggers.manual_only] * pausing
+    options = st.sampled_from(_OPTIONS + [{"trigger": trigger} for trigger in chosen])
+    steps = st.builds(
+        _Step,
+        kind=st.sampled_from(["task"] * 3 * len(_KINDS) + _KINDS),
+        reads=st.lists(reads, min_size=1, max_size=2),
+        scripts=st.lists(scripts, min_size=1, max_size=3),
+        options=st.lists(options, max_size=2).map(lambda chosen: ChainMap(*chosen)).map(dict),
+    )
+    return st.builds(
+        _Plan,
+        steps=st.lists(steps, min_size=2, max_size=10),
+        parameter=st.sampled_from([[1, 2], 3, None]),
+        entry=st.sampled_from(["FlowRunner", "return_tasks"] if pausing else ["flow.run"]),
+        given=st.dictionaries(st.integers(0, 9), st.sampled_from(sorted(_GIVEN)), max_size=1),
+        raises=st.sampled_from([False] * 9 + [True]),
+        references=st.sampled_from([None, None, 2]),
+    )
+
+
+#: How often each task, or child, has been run; and what the state handlers have seen.
+_calls = Counter()
+_transitions = Counter()
+
+
+class _Play(Task):
+    def __init__(self, scripts, **kwargs):
+        super().__init__(**kwargs)
+        self.scripts = scripts
+
+    def run(self, x=None, y=None):
+        index = prefect.context.get("map_index")
+        script = self.scripts[(index or 0) % len(self.scripts)]
+        does = script[min(_calls[self.name, index], len(script) - 1)]
+        _calls[self.name, index] += 1
+        number = zlib.crc32(repr((self.name, index, _without_messages([x, y]))).encode())
+        if does == "raise":
+            raise ValueError(number)
+        if does in ("LOOP", "SUCCESS"):
+            raise getattr(signals, does)(str(number), result=number)
+        if hasattr(signals, does):
+            raise getattr(signals, does)(str(number))
+        if does.startswith("list of"):
+            return [number + i for i in range(int(does[-1]))]
+        values = {"number": number, "nested": [[number], [], [1, 2]], "None": None}
+        return values.get(does, does == "True")
+
+
+class _Resource(namedtuple("_Resource", "x")):
+    def setup(self):
+        if self.x is None:
+            raise ValueError("no resource")
+        return [self.x]
+
+    def cleanup(self, resource):
+        _calls["cleanup", repr(resource)] += 1
+
+
+class _NamingFlow(Flow):
+    """A flow whose tasks have names of their own, the same in each flow of the same plan."""
+
+    def add_task(self, task):
+        if task not in self.tasks and not isinstance(task, Parameter):
+            namesakes = [t for t in self.tasks if t.name.startswith(task.name)]
+            task.name = f"{task.name} {len(namesakes) + 1}"
+        return super().add_task(task)
+
+
+def _note(noted, old_state, new_state):
+    name = getattr(noted, "task", noted).name
+    index = prefect.context.get("map_index")
+    _transitions[name, index, type(old_state).__name__, type(new_state).__name__] += 1
+    return new_state
+
+
+def _build(plan):
+    """The flow of a plan, and its tasks in the order in which the plan adds them."""
+    tasks, blocks = [], []
+    with _NamingFlow("planned", state_handlers=[_note]) as flow:
+        tasks.append(flow.add_task(Parameter("p", default=[5, 6, 7])))
+        for step in plan.steps:
+            if step.kind == "end" and blocks:
+                blocks.pop().__exit__(None, None, None)
+            added = _add(step, [_source(read, tasks) for read in step.reads], blocks)
+            tasks.extend(task for task in added if task is not None)
+        while blocks:
+            blocks.pop().__exit__(None, None, None)
+    if plan.references:
+        flow.set_reference_tasks(tasks[:: plan.references])
+    return flow, tasks
+
+
+def _source(read, tasks):
+    source = [[8], [9, 10]] if read.back is None else tasks[-1 - read.back % len(tasks)]
+    if read.part == "all":
+        return source
+    return source[0] if read.part == "[0]" else [source, tasks[0]]
+
+
+def _add(step, sources, blocks):
+    """Add a step to the flow that is being built; the tasks that later steps may read."""
+    first = sources[0]
+    if step.kind == "task":
+        return [_bind(_play(step), step.reads, sources)]
+    if step.kind == "filter":
+        return [control_flow.FilterTask().bind(task_results=first)]
+    if step.kind in ("ifelse", "switch"):
+        yes, no = (_bind(_play(step), step.reads[1:], sources[1:]) for _ in range(2))
+        if step.kind == "ifelse":
+            control_flow.ifelse(first, yes, no)
+        else:
+            control_flow.switch(first, {True: yes, False: no})
+        return [yes, no]
+    if step.kind == "merge":
+        return [control_flow.merge(*sources)]
+    if step.kind == "secret":
+        return [EnvVarSecret("HOME").bind(upstream_tasks=[first])]
+    if step.kind == "apply_map":
+        return [prefect.apply_map(lambda x: _branch(x, step), first)]
+    if step.kind == "case":
+        blocks.append(control_flow.case(first, True))
+        return [blocks[-1].__enter__()]
+    if step.kind == "resource_manager":
+        blocks.append(prefect.resource_manager(_Resource)(first))
+        return [blocks[-1].__enter__()]
+    return []
+
+
+def _play(step, name="play"):
+    return _Play(step.scripts, name=name, **dict({"state_handlers": [_note]}, **step.options))
+
+
+def _bind(task, reads, sources):
+    data, waits = {}, []
+    is_mapped = any("mapped" in read.how for read in reads)
+    for key, read, source in zip("xy", reads, sources):
+        if "flat" in read.how and sources.count(source) == 1:
+            source = prefect.flatten(source)
+        if is_mapped and "mapped" not in read.how:
+            source = unmapped(source)
+        if "waits" in read.how:
+            waits.append(source)
+        else:
+            data[key] = source
+    return task.bind(mapped=is_mapped, upstream_tasks=waits, **data)
+
+
+def _branch(x, step):
+    condition = _play(step, "condition").bind(x=x)
+    with control_flow.case(condition, True):
+        yes = _play(step, "branch").bind(x=condition)
+    return control_flow.merge(yes, x)
+
+
+def _outcomes(plan, flow_runner_cls, executor):
+    """What the rounds of a run of the plan come to, as far as two runs must agree."""
+    _calls.clear()
+    _transitions.clear()
+    flow, tasks = _build(plan)
+    mapped = {edge.downstream_task for edge in flow.edges if edge.mapped}
+    given = {
+        tasks[i]: _GIVEN[name]()
+        for i, name in plan.given.items()
+        if i < len(tasks) and (name != "Mapped" or tasks[i] in mapped)
+    }
+    # Prefect itself replaces the children of a Mapped state.
+    owned = [s for given_state in given.values() for s in _children(given_state) or [given_state]]
+    run = {
+        "executor": executor(),
+        "parameters": {"p": plan.parameter} if plan.parameter else {},
+        "task_runner_state_handlers": [_note],
+        "context": {"raise_on_exception": True} if plan.raises else {},
+        "task_states": given,
+    }
+    rounds = 3 if plan.entry == "FlowRunner" else 1
+    if plan.entry == "flow.run":
+        rounds += any("cache_for" in step.options for step in plan.steps)
+    outcomes = []
+    with prefect.context(caches={}):
+        for _ in range(rounds):
+            try:
+                if plan.entry == "flow.run":
+                    final = flow.run(runner_cls=flow_runner_cls, **run)
+                else:
+                    run["return_tasks"] = tasks[::2] if plan.entry == "return_tasks" else flow.tasks
+                    final = flow_runner_cls(flow).run(**run)
+            except Exception:
+                return [*outcomes, "raised"]
+            if not isinstance(final.result, dict):
+                return [*outcomes, (type(final), repr(final.result))]
+            outcomes.append(_outcome(flow, final, owned))
+            run["task_states"] = {}
+            if plan.entry == "FlowRunner":
+                if final.is_finished():
+                    break
+                run["task_states"] = {t: _resumed(s) for t, s in final.result.items()}
+    return outcomes
+
+
+def _resumed(task_state):
+    if task_state.is_mapped():
+        task_state.map_states = [_resumed(child) for child in task_state.map_states]
+    return state.Resume() if isinstance(task_state, state.Paused) else task_state
+
+
+def _outcome(flow, final, owned):
+    terminal = flow.terminal_tasks()
+    return {
+        "final state": type(final),
+        "states": {
+            task.name: [type(s).__name__ for s in [task_state, *_children(task_state)]]
+            for task, task_state in final.result.items()
+        },
+        "results": {
+            task.name: [_result(s, task in terminal) for s in [task_state, *_children(task_state)]]
+            for task, task_state in final.result.items()
+        },
+        "given": [repr(s.result) for s in owned],
+        # On Dask, Prefect does not run what nobody has asked for.
+        "calls": dict(_calls) if flow.tasks == set(final.result) else None,
+        "transitions": dict(_transitions) if flow.tasks == set(final.result) else None,
+    }
+
+
+def _children(task_state):
+    return list(task_state.map_states) if task_state.is_mapped() else []
+
+
+def _result(task_state, is_terminal):
+    if not is_terminal and (task_state.is_mapped() or task_state._result is PurgedResult):
+        return ANY
+    return _without_messages(task_state.result)
+
+
+def _without_messages(value):
+    """The text of a value, but of errors the type: which of two Prefect reports may be chance."""
+    if isinstance(value, list):
+        return list(map(_without_messages, value))
+    return type(value).__name__ if isinstance(value, Exception) else repr(value)
+
+
+@pytest.fixture(scope="module")
+def cluster_address():
+    from distributed import Client
+
+    with Client(
+        processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None
+    ) as client:
+        yield client.scheduler.address
+
+
+_flow_runner_maps = pytest.mark.skipif(
+    not hasattr(prefect.engine.flow_runner, "run_task"),
+    reason="Here Prefect's own mapping is not reliable on this executor.",
+)
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+@pytest.mark.parametrize(
+    "name, share",
+    [
+        ("local", 1),
+        ("synchronous", 2),
+        pytest.param("threads", 3, marks=_flow_runner_maps),
+        pytest.param("cluster", 5, marks=_flow_runner_maps),
+    ],
+)
+def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
+    address = request.getfixturevalue("cluster_address") if name == "cluster" else None
+    executor = {
+        "local": LocalExecutor,
+        "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
+        "threads": lambda: LocalDaskExecutor(scheduler="threads"),
+        "cluster": lambda: DaskExecutor(address=address),
+    }[name]
+
+    @settings(
+        max_examples=max(1, _EXAMPLES // share // 2),
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(plan=_plans(pausing))
+    def compare(plan):
+        theirs = _outcomes(plan, FlowRunner, executor)
+        ours = _outcomes(plan, DSFlowRunner, executor)
+        assert ours == theirs
+
+    compare()
