@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1469,6 +1470,30 @@ def test_there_is_one_purged_result():
         assert same is PurgedResult
     assert repr(PurgedResult) == "<Purged result>" and str(PurgedResult) == "PurgedResult"
     assert copy.deepcopy(Success(result=PurgedResult))._result is PurgedResult
+
+
+# The README ---------------------------------------------------------------------------------
+
+README = Path(__file__).with_name("README.md")
+
+
+@pytest.mark.skipif(not README.exists(), reason="takes the README beside this file")
+def test_snippets_of_the_readme_print_what_it_says(capsys):
+    logging.disable(logging.CRITICAL)
+    snippets = re.findall(
+        "```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README.read_text("utf-8"), re.DOTALL
+    )
+    assert len(snippets) >= 5
+    names = {"__name__": "readme"}
+    try:
+        for code, printed in snippets:
+            exec(
+                code.replace("result=PandasResultHandler", STORAGE + "=PandasResultHandler"), names
+            )
+            said = [line for line in capsys.readouterr().out.splitlines() if "| " not in line]
+            assert said == printed.splitlines(), code
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # Any flow runs as on Prefect's FlowRunner ---------------------------------------------------
