@@ -130,6 +130,15 @@ if _HAS_LOCATIONS:
     def _is_stored(state):
         return state._result.location is not None
 
+    def _accept_as_result_handler(cls):
+        """Below 0.14 `result_handler=` is taken, too, and converted to a result by this table."""
+        try:
+            from prefect.engine.results.result_handler_result import CONVERSIONS
+        except ImportError:
+            return
+        attributes = ("path", "file_type", "read_kwargs", "write_kwargs")
+        CONVERSIONS.append((cls, dict(zip(attributes, attributes)), cls))
+
 else:
     from prefect.engine.result import SafeResult
     from prefect.engine.result_handlers import ResultHandler
@@ -160,6 +169,9 @@ else:
 
     def _is_stored(state):
         return state._result.safe_value != NoResult
+
+    def _accept_as_result_handler(cls):
+        """It is one."""
 
 
 # Where a frame is stored: the template in the path ------------------------------------------
@@ -233,11 +245,10 @@ class _Template(string.Formatter):
         try:
             filled = self.vformat(self.path, (), values)
         except Exception as exc:
-            missing = "the field {} is missing" if isinstance(exc, KeyError) else "{}"
+            reason = f"the field {exc} is missing" if isinstance(exc, KeyError) else exc
+            known = ", ".join(sorted(k for k in map(str, values) if "prefect_ds" not in k))
             raise ValueError(
-                "The path {!r} cannot be filled: {}. Fields that there are: {}.".format(
-                    self.path, missing.format(exc), ", ".join(sorted(map(str, values)))
-                )
+                f"The path {self.path!r} cannot be filled: {reason}. There are the fields: {known}."
             ) from exc
         folder = os.path.dirname(self.head)
         if self.fields and not _is_inside(folder, filled):
@@ -407,7 +418,7 @@ def _new_file(path, storage_options, unreadable=False):
             local = os.path.join(folder, os.path.basename(path))
             yield local
             filesystem, path = _filesystem(path, storage_options)
-            if unreadable:
+            if unreadable and filesystem.exists(path):
                 filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
             filesystem.put(local, path, recursive=os.path.isdir(local))
         return
@@ -421,7 +432,7 @@ def _new_file(path, storage_options, unreadable=False):
     try:
         yield partial
         _flush_to_disk(partial)
-        if unreadable:
+        if unreadable and os.path.lexists(path):
             os.replace(path, _aside(path))
         if os.path.isdir(partial) and os.path.isdir(path):
             # A folder cannot replace another one: the earlier one steps aside first.
@@ -461,10 +472,11 @@ _searched: dict = {}
 
 def _remove_leftovers(folder, name):
     """Remove what writers of this path left behind when they were killed."""
+    folder = os.path.abspath(folder)
     if time.monotonic() - _searched.get(folder, -60) < 60:
         return
     start = _mark_of_this_host(name)
-    siblings = os.listdir(folder or os.curdir)
+    siblings = os.listdir(folder)
     for sibling in siblings:
         if sibling.startswith(start) and not _is_alive(sibling[len(start) :].partition("-")[0]):
             _remove(os.path.join(folder, sibling))
@@ -650,14 +662,14 @@ class PandasResult(_Storage):
             return
         self._checked_kinds.add(kind)
         sample = frame.head(_SAMPLE_ROWS)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, os.path.basename(location))
-            writer, kwargs = self._pandas(location, 1, self.write_kwargs)
-            writer(sample, path, **kwargs)
-            try:
+        writer, kwargs = self._pandas(location, 1, self.write_kwargs)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, os.path.basename(location))
+                writer(sample, path, **kwargs)
                 losses = _losses(sample, self._read(path, location))
-            except Exception as exc:
-                losses = [f"it cannot be read back: {type(exc).__name__}: {exc}"]
+        except Exception as exc:
+            losses = [f"its first rows cannot be read back: {type(exc).__name__}: {exc}"]
         if losses:
             self.logger.warning(
                 "Task '%s': %s does not keep all of the frame: %s. The file types parquet and "
@@ -680,6 +692,7 @@ class PandasResult(_Storage):
 
 
 PandasResultHandler = PandasResult
+_accept_as_result_handler(PandasResult)
 
 
 # A task whose file is there is not run ------------------------------------------------------

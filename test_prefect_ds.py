@@ -85,7 +85,7 @@ EXECUTORS = {
     "dask": dask_executor,
 }
 
-on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)
+on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +137,16 @@ INTERNALS = [
         "prefect.engine.task_runner.TaskRunner.check_upstream_finished",
         "state upstream_states",
         "DSTaskRunner: purged inputs, recompute",
+    ),
+    (
+        "prefect.engine.task_runner.TaskRunner.set_task_to_running",
+        "state inputs",
+        "DSTaskRunner: purged inputs",
+    ),
+    (
+        "prefect.engine.runner.Runner.handle_state_change",
+        "old_state new_state",
+        "DSTaskRunner: purged inputs",
     ),
     (
         "prefect.engine.task_runner.TaskRunner.get_task_inputs",
@@ -340,9 +350,9 @@ def test_can_be_vendored(empty_folder):
 def test_can_be_vendored_on_dask_workers(empty_folder):
     cluster = "dict(processes=True, n_workers=1, threads_per_worker=1)"
     if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
-        executor = f"DaskExecutor(cluster_kwargs={cluster})"
+        executor = f"prefect_ds.DaskExecutor(cluster_kwargs={cluster})"
     else:
-        executor = "DaskExecutor(local_processes=True, n_workers=1)"
+        executor = "prefect_ds.DaskExecutor(local_processes=True, n_workers=1)"
     out = vendor(empty_folder, "executor = " + executor)
     assert out == "6 ['data_1.csv', 'data_2.csv', 'data_3.csv']\n"
 
@@ -798,6 +808,21 @@ def test_storage_of_the_flow_is_used():
     assert calls == [1] and files() == ["make_1.csv"]
 
 
+@pytest.mark.skipif(
+    "result_handler" not in inspect.signature(Task.__init__).parameters,
+    reason="From Prefect 0.14 on there is only result=.",
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_result_handler_is_taken_as_long_as_prefect_takes_it(checkpointing):
+    with Flow("keyword") as flow:
+        calls = Calls()
+        result = calls.make(result_handler=PandasResultHandler("data_{id}.csv")).map([1, 2])
+    for _ in range(2):
+        state = run(flow, context={"checkpointing": checkpointing})
+        assert [frame.id[0] for frame in state.result[result].result] == [1, 2]
+    assert calls == [1, 2] and files() == ["data_1.csv", "data_2.csv"]
+
+
 def raising(signal_):
     @task(**stored("data.csv"))
     def end():
@@ -1238,7 +1263,8 @@ def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counte
         frame = load(0)
         first = total(count.map(both.map(load.map(numbers(4)), unmapped(frame))))
         load(first)
-    assert run(flow).is_successful()
+    state = run(flow)
+    assert state.is_successful()
     assert peak == [3] and len(alive) == 1
 
 
