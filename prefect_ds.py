@@ -1031,7 +1031,7 @@ class _DepthFirstExecutor:
         self._records = {task: _TaskRecord(flow, task, terminal) for task in flow.sorted_tasks()}
         self._not_passed = list(reversed(flow.sorted_tasks()))
         self._calls = []
-        self._first = 0  # all calls before it are started
+        self._first = 0  # all calls before it, of those that are to be run, are started
         self._ready = []
         self._blocked = []  # a heap
         self._clock = itertools.count()
@@ -1064,7 +1064,7 @@ class _DepthFirstExecutor:
             if isinstance(futures, dict) and all(isinstance(key, Task) for key in futures):
                 # All tasks are submitted, so all calls will be needed, whatever is waited for.
                 self._pass(None)
-                self._run(None)
+                self._run()
             else:
                 self._run(self._all_needed_for(futures))
         # Otherwise a task run waits for the children that it has just submitted (their turn
@@ -1145,12 +1145,16 @@ class _DepthFirstExecutor:
 
     # -- what comes next
 
-    def _run(self, wanted):
-        """Run the wanted calls (None: all), and what they make possible."""
+    def _run(self, wanted=None):
+        """Run these calls, by number (None: all), and what they make possible."""
+        oldest_first = self._calls if wanted is None else [self._calls[n] for n in sorted(wanted)]
+        self._first = 0
+        unwanted: list = []
         running = 0
         while True:
             while running < self._backend.width():
-                call = self._choose(wanted)
+                call = self._next_ready() or self._next_blocked(wanted, unwanted)
+                call = call or self._next_unstarted(oldest_first)
                 if call is None:
                     break
                 call.started = True
@@ -1162,41 +1166,42 @@ class _DepthFirstExecutor:
                     self._current = None
             call = None
             if not running:
-                return
+                break
             for done, outcome in self._backend.finished():
                 running -= 1
                 self._finish(done, outcome)
             done = outcome = None
+        for entry in unwanted:
+            heappush(self._blocked, entry)
 
-    def _choose(self, wanted):
+    def _next_ready(self):
+        """What the call that was done last has made possible."""
         while self._ready:
             call = self._ready.pop()
             if not call.started:
                 return call
-        set_aside = []
-        try:
-            while self._blocked:
-                entry = heappop(self._blocked)
-                missing, _, call = entry
-                if call.started or call.missing != missing:
-                    continue
-                if wanted is not None and call.number not in wanted:
-                    set_aside.append(entry)
-                    continue
-                leaf = self._leaf(call)
-                if leaf is not None:
-                    return leaf
-        finally:
-            for entry in set_aside:
-                heappush(self._blocked, entry)
-        calls = self._calls
-        if wanted is not None:
-            oldest_first = map(calls.__getitem__, sorted(wanted))
-        else:
-            while self._first < len(calls) and calls[self._first].started:
-                self._first += 1
-            oldest_first = map(calls.__getitem__, range(self._first, len(calls)))
-        unstarted = (call for call in oldest_first if not call.started)
+        return None
+
+    def _next_blocked(self, wanted, unwanted):
+        """What is still missing for the call that misses least, of those that have begun."""
+        while self._blocked:
+            entry = heappop(self._blocked)
+            missing, _, call = entry
+            if call.started or call.missing != missing:
+                continue
+            if wanted is not None and call.number not in wanted:
+                unwanted.append(entry)
+                continue
+            leaf = self._leaf(call)
+            if leaf is not None:
+                return leaf
+        return None
+
+    def _next_unstarted(self, oldest_first):
+        while self._first < len(oldest_first) and oldest_first[self._first].started:
+            self._first += 1
+        later = map(oldest_first.__getitem__, range(self._first, len(oldest_first)))
+        unstarted = (call for call in later if not call.started)
         for call in itertools.islice(unstarted, self._look_ahead):
             leaf = self._leaf(call)
             if leaf is not None:
