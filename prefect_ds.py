@@ -70,6 +70,9 @@ __all__ = [
 #: From 0.11 on a task keeps a `Result`, which knows its location; before, a `ResultHandler`.
 _HAS_LOCATIONS = "result_handler" not in inspect.signature(TaskRunner.__init__).parameters
 
+#: Tasks opt out of checkpoints by `checkpoint=False`; not where that is the default (0.9.0).
+_CAN_OPT_OUT = "checkpoint" not in prefect.config.tasks.defaults
+
 #: From 0.12 on the flow runner submits mapped children itself, by the function `run_task`, and
 #: executors take futures apart. Before, tasks submit their own children to the executor.
 _FLOW_RUNNER_MAPS = hasattr(_prefect_flow_runner, "run_task")
@@ -219,10 +222,9 @@ class _Arguments:
         is_known = self.task is not None or not template.fields
         if is_known and not distinct.intersection(template.fields):
             raise ValueError(
-                "The path {!r} is the same for every child of this mapped task, so that they would "
-                "share one file. These fields would tell them apart: {}.".format(
-                    template.path, ", ".join(sorted(distinct))
-                )
+                f"The path {template.path!r} is the same for every child of this mapped task, so "
+                "that they would share one file. These fields would tell them apart: "
+                f"{', '.join(sorted(distinct))}."
             )
 
 
@@ -238,8 +240,6 @@ class _Template(string.Formatter):
         )
         #: what stands before the first field: no value may lead out of its folder
         self.head = parts[0][0] if parts else ""
-        #: what stands behind the last field: it tells the file type
-        self.tail = parts[-1][0] if parts and parts[-1][1] is None else ""
 
     def fill(self, values):
         try:
@@ -360,14 +360,21 @@ def _losses(frame, restored):
     return losses
 
 
-def _file_type_of(path):
-    """The file type that the extension of `path` tells, or None."""
+def _check_file_type(file_type, path):
+    """The name of a file type in lower case: the one given, or that which the extension tells."""
+    known = f"The installed pandas has: {', '.join(sorted(_FILE_TYPES))}."
+    if file_type is not None:
+        if file_type.lower() not in _FILE_TYPES:
+            raise ValueError(f"There is no file type {file_type!r}. {known}")
+        return file_type.lower()
     extensions = os.path.basename(path).lower().split(".")[1:]
     while extensions and extensions[-1] in _COMPRESSIONS:
         extensions.pop()
     extension = extensions[-1] if extensions else ""
     file_type = _EXTENSIONS.get(extension, extension)
-    return file_type if file_type in _FILE_TYPES else None
+    if file_type not in _FILE_TYPES:
+        raise ValueError(f"The extension of {path!r} tells no file type; name one. {known}")
+    return file_type
 
 
 # How a file appears: whole or not at all ----------------------------------------------------
@@ -486,7 +493,8 @@ def _remove_leftovers(folder, name):
 
 
 def _mark_of_this_host(name):
-    return ".{}~{}-".format(name.partition(".")[0], socket.gethostname().partition(".")[0])
+    stem, host = name.partition(".")[0], socket.gethostname().partition(".")[0]
+    return f".{stem}~{host}-"
 
 
 def _is_alive(pid):
@@ -577,20 +585,10 @@ class PandasResult(_Storage):
             raise ValueError(f"{type(self).__name__} needs a path.")
         if path is not None and not callable(path):
             path = _check_path(path)
-            file_type = file_type or _file_type_of(_Template(path).tail)
-            if file_type is None:
-                raise ValueError(
-                    "The extension of {!r} tells no file type. Say it by file_type=, one of: "
-                    "{}.".format(path, ", ".join(sorted(_FILE_TYPES)))
-                )
-        if file_type is not None and file_type.lower() not in _FILE_TYPES:
-            raise ValueError(
-                "The installed pandas has no file type {!r}. It has: {}.".format(
-                    file_type, ", ".join(sorted(_FILE_TYPES))
-                )
-            )
+        if file_type is not None or isinstance(path, str):
+            file_type = _check_file_type(file_type, path)
         super().__init__(path, **kwargs)
-        self.file_type = file_type and file_type.lower()
+        self.file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
         self._checked_kinds = set()
@@ -679,12 +677,7 @@ class PandasResult(_Storage):
 
     def _pandas(self, location, direction, kwargs):
         """The function of pandas for this file, and its keyword arguments."""
-        file_type = self.file_type or _file_type_of(location)
-        if file_type is None:
-            raise ValueError(
-                "The extension of {!r} tells no file type. Say it by PandasResult(file_type=...), "
-                "one of: {}.".format(location, ", ".join(sorted(_FILE_TYPES)))
-            )
+        file_type = _check_file_type(self.file_type, location)
         defaults = _DEFAULTS.get(file_type, ({}, {}))[1 - direction]
         kwargs = {**defaults, **kwargs}
         kwargs.pop("storage_options", None)
@@ -729,7 +722,8 @@ def checkpoint_handler(task_runner, old_state, new_state):
     ... )  # doctest: +SKIP
     """
     storage = _storage_of(task_runner)
-    if not isinstance(storage, PandasResult) or task_runner.task.checkpoint is False:
+    opts_out = _CAN_OPT_OUT and task_runner.task.checkpoint is False
+    if opts_out or not isinstance(storage, PandasResult):
         return new_state
     try:
         if old_state.is_pending() and new_state.is_running():
@@ -892,7 +886,8 @@ class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
         # Where Prefect asks whether there is a result, there is none.
         return isinstance(other, type(NoResult))
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self):
+        return id(self)
 
     def __repr__(self):
         return "<Purged result>"
@@ -1186,8 +1181,8 @@ class _DepthFirstExecutor:
         """What is still missing for the call that misses least, of those that have begun."""
         while self._blocked:
             entry = heappop(self._blocked)
-            missing, _, call = entry
-            if call.started or call.missing != missing:
+            rank, call = entry
+            if call.started or call.missing != rank[0]:
                 continue
             if wanted is not None and call.number not in wanted:
                 unwanted.append(entry)
@@ -1252,7 +1247,9 @@ class _DepthFirstExecutor:
             if not dependent.missing:
                 self._ready.append(dependent)
             else:
-                heappush(self._blocked, (dependent.missing, -next(self._clock), dependent))
+                # Of equals, what needs less lets go sooner; then what has begun last.
+                rank = (dependent.missing, len(dependent.needs), -next(self._clock))
+                heappush(self._blocked, (rank, dependent))
         for read in call.reads:
             read.readers -= 1
             if not is_finished or self._is_asked_again(call, read):
@@ -1631,9 +1628,8 @@ class DSFlowRunner(FlowRunner):
         for pattern in _recompute_patterns():
             if not any(_matches(pattern, task) for task in self.flow.tasks):
                 raise ValueError(
-                    "recompute={!r} matches no task of this flow. It has: {}.".format(
-                        pattern, ", ".join(sorted({task.name for task in self.flow.tasks}))
-                    )
+                    f"recompute={pattern!r} matches no task of this flow. It has: "
+                    f"{', '.join(sorted({task.name for task in self.flow.tasks}))}."
                 )
         # Below 0.12 the context has only those parameters that were passed.
         parameters = dict(prefect.context.get("parameters") or {})
