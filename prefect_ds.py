@@ -44,7 +44,7 @@ from heapq import heappop, heappush
 import cloudpickle
 import pandas
 import prefect
-from prefect.core import Edge, Task
+from prefect.core import Task
 from prefect.engine import flow_runner as _prefect_flow_runner
 from prefect.engine.flow_runner import FlowRunner
 from prefect.engine.result import NoResult, Result
@@ -1507,11 +1507,11 @@ class _OnCluster(_InPool):
         maps over. The others are spared the way to the client and back.
         """
         stand_ins = {}
-        for edge, call in futures.items():
-            if not isinstance(edge, Edge) or not isinstance(call, _Call) or edge.mapped:
-                continue
+        calls = {edge: call for edge, call in futures.items() if isinstance(call, _Call)}
+        looked_into = {call.number for edge, call in calls.items() if getattr(edge, "mapped", True)}
+        for call in calls.values():
             kind = getattr(call.value, "type", None)
-            if kind is not None and kind is Success:
+            if call.number not in looked_into and kind is not None and kind is Success:
                 call.stand_in = stand_ins[call.number] = Success(result=PurgedResult)
                 self._stood_in_for[id(call.stand_in)] = call
         return stand_ins

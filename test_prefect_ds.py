@@ -58,6 +58,9 @@ STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
 
+#: Prefect 0.12.0 asks the cluster to keep what it submits.
+KEEPS_ON_CLUSTER = "fire_and_forget" in inspect.getsource(DaskExecutor.submit)
+
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
 
@@ -1221,7 +1224,7 @@ def test_a_map_needs_two_frames_for_each_worker(executor, counted):
     flow = mapped(30)
     state = run(flow, executor=EXECUTORS[executor]())
     assert state.result[flow.total].result == 30
-    if PURGES_ON_DASK:
+    if PURGES_ON_DASK and not (executor == "dask" and KEEPS_ON_CLUSTER):
         assert peak[0] <= 2 * 2 + 2
 
 
@@ -1528,14 +1531,16 @@ def test_snippets_of_the_readme_print_what_it_says(capsys):
 # A plan is drawn, in plain data; a flow is built of it, twice, and run on the one runner and on
 # the other. PREFECT_DS_EXAMPLES says how many plans; executors that are slower get fewer.
 
-_EXAMPLES = int(os.environ.get("PREFECT_DS_EXAMPLES", 25))
+_EXAMPLES = int(os.environ.get("PREFECT_DS_EXAMPLES", 16))
 
-_Plan = namedtuple("_Plan", "steps parameter entry given raises references")
+#: `parameter` is passed if it is not None; `given` are states by the number of their task;
+#: `references`: every how manieth task is a reference task, None for Prefect's choice.
+_Plan = namedtuple("_Plan", "steps parameter entry given raise_on_exception references")
 
 #: A step adds one task or a few. Child i of a map plays `scripts[i % len(scripts)]`.
 _Step = namedtuple("_Step", "kind reads scripts options")
 
-#: What a task reads, or waits for: the task that was added `back` tasks before, or a constant.
+#: What a task reads, or waits for: the task that was added `back` tasks before, None: a constant.
 _Read = namedtuple("_Read", "back part how")
 
 #: What a task does when it is run first, second, ...; from then on it does the last.
@@ -1611,7 +1616,7 @@ _GIVEN = {
 
 
 def _plans(pausing):
-    """Plans; with tasks that pause only for the entry that does not ask the user to go on."""
+    """Plans; those with tasks that pause do not run by `flow.run`, which would ask the user."""
     reads = st.builds(
         _Read,
         back=st.one_of(st.integers(0, 4), st.integers(0, 1), st.none()),
@@ -1619,14 +1624,14 @@ def _plans(pausing):
         how=st.sampled_from(["data", "mapped", *_HOWS]),
     )
     scripts = st.sampled_from(_SCRIPTS[:6] * 4 + _SCRIPTS + [("PAUSE", "number")] * pausing)
-    chosen = _TRIGGERS + [triggers.manual_only] * pausing
-    options = st.sampled_from(_OPTIONS + [{"trigger": trigger} for trigger in chosen])
+    all_triggers = _TRIGGERS + [triggers.manual_only] * pausing
+    options = st.sampled_from(_OPTIONS + [{"trigger": trigger} for trigger in all_triggers])
     steps = st.builds(
         _Step,
         kind=st.sampled_from(["task"] * 3 * len(_KINDS) + _KINDS),
         reads=st.lists(reads, min_size=1, max_size=2),
         scripts=st.lists(scripts, min_size=1, max_size=3),
-        options=st.lists(options, max_size=2).map(lambda chosen: ChainMap(*chosen)).map(dict),
+        options=st.lists(options, max_size=2).map(lambda chosen: dict(ChainMap(*chosen))),
     )
     return st.builds(
         _Plan,
@@ -1634,7 +1639,7 @@ def _plans(pausing):
         parameter=st.sampled_from([[1, 2], 3, None]),
         entry=st.sampled_from(["FlowRunner", "return_tasks"] if pausing else ["flow.run"]),
         given=st.dictionaries(st.integers(0, 9), st.sampled_from(sorted(_GIVEN)), max_size=1),
-        raises=st.sampled_from([False] * 9 + [True]),
+        raise_on_exception=st.sampled_from([False] * 9 + [True]),
         references=st.sampled_from([None, None, 2]),
     )
 
@@ -1737,7 +1742,8 @@ def _add(step, sources, blocks):
     if step.kind == "secret":
         return [EnvVarSecret("HOME").bind(upstream_tasks=[first])]
     if step.kind == "apply_map":
-        return [prefect.apply_map(lambda x: _branch(x, step), first)]
+        mapped_over = _bind(_play(step), step.reads, sources)
+        return [prefect.apply_map(lambda x: _branch(x, step), mapped_over)]
     if step.kind == "case":
         blocks.append(control_flow.case(first, True))
         return [blocks[-1].__enter__()]
@@ -1790,7 +1796,7 @@ def _outcomes(plan, flow_runner_cls, executor):
         "executor": executor(),
         "parameters": {"p": plan.parameter} if plan.parameter else {},
         "task_runner_state_handlers": [_note],
-        "context": {"raise_on_exception": True} if plan.raises else {},
+        "context": {"raise_on_exception": True} if plan.raise_on_exception else {},
         "task_states": given,
     }
     rounds = 3 if plan.entry == "FlowRunner" else 1
@@ -1808,7 +1814,7 @@ def _outcomes(plan, flow_runner_cls, executor):
             except Exception:
                 return [*outcomes, "raised"]
             if not isinstance(final.result, dict):
-                return [*outcomes, (type(final), repr(final.result))]
+                return [*outcomes, type(final)]
             outcomes.append(_outcome(flow, final, owned))
             run["task_states"] = {}
             if plan.entry == "FlowRunner":
@@ -1837,9 +1843,8 @@ def _outcome(flow, final, owned):
             for task, task_state in final.result.items()
         },
         "given": [repr(s.result) for s in owned],
-        # On Dask, Prefect does not run what nobody has asked for.
-        "calls": dict(_calls) if flow.tasks == set(final.result) else None,
-        "transitions": dict(_transitions) if flow.tasks == set(final.result) else None,
+        "calls": dict(_calls),
+        "transitions": dict(_transitions),
     }
 
 
@@ -1857,7 +1862,7 @@ def _without_messages(value):
     """The text of a value, but of errors the type: which of two Prefect reports may be chance."""
     if isinstance(value, list):
         return list(map(_without_messages, value))
-    return type(value).__name__ if isinstance(value, Exception) else repr(value)
+    return type(value).__name__ if isinstance(value, BaseException) else repr(value)
 
 
 @pytest.fixture(scope="module")
@@ -1903,7 +1908,8 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
     )
     @given(plan=_plans(pausing))
     def compare(plan):
-        theirs = _outcomes(plan, FlowRunner, executor)
+        # Elsewhere Prefect leaves out what nobody asks for, and threads share its Mapped states.
+        theirs = _outcomes(plan, FlowRunner, LocalExecutor)
         ours = _outcomes(plan, DSFlowRunner, executor)
         assert ours == theirs
 
