@@ -311,11 +311,16 @@ _EXTENSIONS = {
 
 _COMPRESSIONS = ("bz2", "gz", "xz", "zip", "zst")
 
+#: From pandas 3 on floats are read back as they were written anyway, and the argument goes.
+_EXACT_FLOATS = (
+    {} if int(pandas.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
+)
+
 #: What makes a frame come back as it was: keyword arguments of the writer, and of the reader.
 _DEFAULTS: dict = {
     "csv": (
         {"index": False},
-        {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"},
+        {"keep_default_na": False, "na_values": [""], **_EXACT_FLOATS},
     ),
     "excel": ({"index": False}, {"keep_default_na": False, "na_values": [""]}),
     "hdf": ({"key": "data", "mode": "w"}, {"key": "data"}),
