@@ -27,6 +27,7 @@ from unittest.mock import ANY
 
 import cloudpickle
 import pandas
+import pendulum
 import prefect
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -36,6 +37,8 @@ from prefect import Flow, Parameter, Task, task, triggers, unmapped
 from prefect.engine import FlowRunner, signals, state
 from prefect.engine.result import Result
 from prefect.engine.state import Success
+from prefect.schedules import Schedule
+from prefect.schedules.clocks import DatesClock
 from prefect.tasks import control_flow
 from prefect.tasks.secrets import EnvVarSecret
 from prefect.utilities.debug import raise_on_exception
@@ -52,6 +55,11 @@ from prefect_ds import (
     PurgedResult,
     checkpoint_handler,
 )
+
+try:
+    from prefect.engine.results import LocalResult
+except ImportError:  # below 0.11
+    LocalResult = None
 
 #: The keyword by which the installed Prefect's `task` takes storage.
 STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
@@ -1535,6 +1543,84 @@ def test_snippets_of_the_readme_print_what_it_says(capsys):
             assert said == printed.splitlines(), code
     finally:
         logging.disable(logging.NOTSET)
+
+
+# Single features run as on Prefect's FlowRunner ------------------------------------------------
+
+
+def timing_out():
+    @task(timeout=1)
+    def slow():
+        time.sleep(3)
+
+    @task(trigger=triggers.any_failed)
+    def after(x):
+        return "after"
+
+    after(slow())
+
+
+def at_a_target():
+    @task(target="{x}.bin", result=LocalResult(dir=os.getcwd()), checkpoint=True)
+    def write(x):
+        return [x, 1]
+
+    total(write(5))
+
+
+def with_many_outputs():
+    @task(nout=2)
+    def pair():
+        return 1, 2
+
+    one, two = pair()
+    total([one, two])
+
+
+def interrupted():
+    @task
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    pass_on(interrupt(numbers(2)))
+
+
+FEATURES = [timing_out, interrupted]
+FEATURES += [at_a_target] if "target" in inspect.signature(Task.__init__).parameters else []
+FEATURES += [with_many_outputs] if "nout" in inspect.signature(Task.__init__).parameters else []
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.__name__)
+def test_runs_a_feature_as_prefect_does(feature, tmp_path, monkeypatch):
+    outcomes = []
+    for flow_runner_cls in (FlowRunner, DSFlowRunner):
+        folder = tmp_path / flow_runner_cls.__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with Flow("feature") as flow:
+            feature()
+        for _ in range(2):
+            try:
+                with prefect.context(checkpointing=True):
+                    final = flow.run(runner_cls=flow_runner_cls)
+            except KeyboardInterrupt:
+                outcomes.append("interrupted")
+                continue
+            states = {t.name: type(s).__name__ for t, s in (final.result or {}).items()}
+            results = [final.result[t].result for t in flow.terminal_tasks() if final.result]
+            outcomes.append((type(final), states, list(map(repr, results)), files()))
+    assert outcomes[:2] == outcomes[2:]
+
+
+def test_runs_on_a_schedule_as_prefect_does():
+    runs = {}
+    for flow_runner_cls in (FlowRunner, DSFlowRunner):
+        soon = pendulum.now("utc").add(seconds=1)
+        calls = runs[flow_runner_cls] = Calls()
+        with Flow("schedule", schedule=Schedule([DatesClock([soon, soon.add(seconds=1)])])) as flow:
+            result = calls.make()(1)
+        assert flow.run(runner_cls=flow_runner_cls).result[result].is_successful()
+    assert runs[FlowRunner] == runs[DSFlowRunner] == [1, 1]
 
 
 # Any flow runs as on Prefect's FlowRunner ---------------------------------------------------
