@@ -335,12 +335,15 @@ def step_named(frame):
     return frame + 1
 
 
+#: From pandas 3 on the default reads a float as it was, and this argument is deprecated.
+EXACT = {} if pandas.__version__ >= "3" else {"float_precision": "round_trip"}
+
 #: Keyword arguments of the writer and of the reader, the same for pandas alone.
 STORE_KWARGS = {
     "parquet": ({}, {}),
     "csv": (
         {"index": False},
-        {"keep_default_na": False, "na_values": [""], "float_precision": "round_trip"},
+        dict(EXACT, keep_default_na=False, na_values=[""]),
     ),
 }
 
