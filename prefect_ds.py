@@ -1611,8 +1611,7 @@ class DSFlowRunner(FlowRunner):
     Notes
     -----
     Results are purged on `LocalExecutor`, and from Prefect 0.12 on also on `LocalDaskExecutor`
-    and `DaskExecutor`. On other executors the flow runs as without this class, and its
-    intermediate results are purged at its end.
+    and `DaskExecutor`. On other executors the flow runs as without this class.
 
     Examples
     --------
