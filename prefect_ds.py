@@ -93,6 +93,22 @@ if hasattr(prefect.tasks.core, "resource_manager"):
         prefect.tasks.core.resource_manager.ResourceCleanupTask,
     )
 
+if "task_name" in inspect.signature(DaskExecutor._prep_dask_kwargs).parameters:  # up to 0.12.0
+
+    def _submit_to_cluster(executor, function, *args, extra_context):
+        """Not by `DaskExecutor.submit`: it asks the cluster to keep what it submits."""
+        extra_context = extra_context or {}
+        kwargs = executor._prep_dask_kwargs(
+            extra_context.get("task_full_name", ""), extra_context.get("task_tags", [])
+        )
+        return executor.client.submit(function, *args, **kwargs)
+
+else:
+
+    def _submit_to_cluster(executor, function, *args, extra_context):
+        return executor.submit(function, *args, extra_context=extra_context)
+
+
 if _HAS_LOCATIONS:
 
     class _Storage(Result):
@@ -954,7 +970,6 @@ class _Call:
         "started",
         "done",
         "value",  # a state, or a future of one
-        "stand_in",  # what the flow runner has got instead of a value that stays on a worker
     )
 
     def __init__(self, number, record, function, args, kwargs, extra_context):
@@ -970,7 +985,7 @@ class _Call:
         self.dependents = []
         self.reads = []
         self.is_held = self.started = self.done = False
-        self.value = self.stand_in = None
+        self.value = None
 
     def upstreams(self):
         """Pairs of an edge (None for a helper) and what the call gets through it."""
@@ -1129,8 +1144,12 @@ class _DepthFirstExecutor:
             return
         if record.calls:
             self._backend.forget_inputs(record.calls[0])
+        # Prefect asks a map again in the next round. With other upstream states it may have some.
+        has_no_children = len(record.calls) == 1 and self._backend.is_mapped(record.calls[0])
         for edge in record.edges_to:
             upstream = self._records[edge.upstream_task]
+            if has_no_children and upstream.calls:
+                self._hold(upstream.calls[0])
             upstream.open_edges -= 1
             for call in upstream.calls if not upstream.open_edges else ():
                 self._purge_if_unread(call)
@@ -1353,6 +1372,9 @@ class _Here:
         # A later round runs a Cached task again, to see whether its inputs are still the same.
         return outcome.is_finished() and not outcome.is_cached()
 
+    def is_mapped(self, call):
+        return isinstance(call.value, Mapped)
+
     def hold(self, call):
         """Let the next round know that this result is to be purged in the end."""
         if call.given is not call.value:
@@ -1453,7 +1475,7 @@ class _OnCluster(_InPool):
         super().__init__(executor)
         self._asked = -float("inf")
         self._fetched = {}  # states that are held, by the number of their call
-        self._stood_in_for = {}  # calls by the id of their stand-in
+        self._stood_in_for = {}  # pairs of a stand-in and its call, by the id of the stand-in
 
     @contextmanager
     def start(self):
@@ -1467,8 +1489,8 @@ class _OnCluster(_InPool):
         return self._width
 
     def begin(self, call):
-        future = self._executor.submit(
-            _run_call, *self._arguments(call), extra_context=call.extra_context
+        future = _submit_to_cluster(
+            self._executor, _run_call, *self._arguments(call), extra_context=call.extra_context
         )
         future.add_done_callback(lambda done: self._outcomes.put((call, done)))
 
@@ -1481,6 +1503,9 @@ class _OnCluster(_InPool):
         if not issubclass(kind, State):
             return True
         return issubclass(kind, Finished) and not issubclass(kind, Cached)
+
+    def is_mapped(self, call):
+        return getattr(call.value, "type", None) is Mapped
 
     def hold(self, call):
         pass  # `resolve` does it: the state is not here yet.
@@ -1517,8 +1542,8 @@ class _OnCluster(_InPool):
         for call in calls.values():
             kind = getattr(call.value, "type", None)
             if call.number not in looked_into and kind is not None and kind is Success:
-                call.stand_in = stand_ins[call.number] = Success(result=PurgedResult)
-                self._stood_in_for[id(call.stand_in)] = call
+                stand_in = stand_ins[call.number] = Success(result=PurgedResult)
+                self._stood_in_for[id(stand_in)] = stand_in, call
         return stand_ins
 
     def _states(self, upstream):
@@ -1526,7 +1551,7 @@ class _OnCluster(_InPool):
         if isinstance(states, dict):
             for edge, state in states.items():
                 if id(state) in self._stood_in_for:
-                    states[edge] = self._stood_in_for[id(state)].value
+                    states[edge] = self._stood_in_for[id(state)][1].value
         return states
 
 
