@@ -1366,9 +1366,6 @@ class _Here:
         if not isinstance(outcome, State):
             return True
         _forget_frames(outcome.result)
-        if outcome.is_finished() and not (outcome.is_mapped() or outcome.is_cached()):
-            # Below 0.12 a state holds its inputs, in case that it is retried.
-            outcome.cached_inputs = {}
         # A later round runs a Cached task again, to see whether its inputs are still the same.
         return outcome.is_finished() and not outcome.is_cached()
 
@@ -1490,7 +1487,7 @@ class _OnCluster(_InPool):
 
     def begin(self, call):
         future = _submit_to_cluster(
-            self._executor, _run_call, *self._arguments(call), extra_context=call.extra_context
+            self._executor, _run_on_worker, *self._arguments(call), extra_context=call.extra_context
         )
         future.add_done_callback(lambda done: self._outcomes.put((call, done)))
 
@@ -1556,6 +1553,18 @@ class _OnCluster(_InPool):
 
 
 def _run_call(function, args, kwargs):
+    """Run a call, and let its outcome hold no inputs but those that will be read again.
+
+    Up to Prefect 0.12.0 every state holds them, in case that it is retried.
+    """
+    outcome = _run_without_merging(function, args, kwargs)
+    if isinstance(outcome, State) and outcome.is_finished():
+        if not (outcome.is_mapped() or outcome.is_cached()):
+            outcome.cached_inputs = {}
+    return outcome
+
+
+def _run_without_merging(function, args, kwargs):
     """Run a call without what Prefect spends most of its time on: merging its configuration.
 
     `prefect.context(...)` merges the configuration that it is handed into the one that is there,
@@ -1593,14 +1602,30 @@ def _run_pickled(work):
     return cloudpickle.dumps(_run_call(*cloudpickle.loads(work)))
 
 
+def _run_on_worker(function, args, kwargs):
+    outcome = _run_call(function, args, kwargs)
+    if isinstance(outcome, State):
+        # A traceback does not travel; on the worker it would keep all that the task has read.
+        for error in _errors_behind(outcome.result):
+            error.__traceback__ = None
+    return outcome
+
+
+def _errors_behind(error):
+    """An error, and those that led to it."""
+    seen = set()
+    while isinstance(error, BaseException) and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _forget_frames(error):
     """Let go of the local variables, and so of the frames of data, that an error has seen.
 
     A traceback keeps the calls that it names, and through them those that led there.
     """
-    seen = set()
-    while isinstance(error, BaseException) and id(error) not in seen:
-        seen.add(id(error))
+    for error in _errors_behind(error):
         traceback.clear_frames(error.__traceback__)
         caller = error.__traceback__ and error.__traceback__.tb_frame.f_back
         while caller is not None:
@@ -1609,7 +1634,6 @@ def _forget_frames(error):
             except RuntimeError:
                 break  # It is under way, and so are all behind it.
             caller = caller.f_back
-        error = error.__cause__ or error.__context__
 
 
 class DSFlowRunner(FlowRunner):

@@ -67,9 +67,6 @@ STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
 
-#: Prefect 0.12.0 asks the cluster to keep what it submits.
-KEEPS_ON_CLUSTER = "fire_and_forget" in inspect.getsource(DaskExecutor.submit)
-
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
 
@@ -1243,7 +1240,7 @@ def test_a_map_needs_two_frames_for_each_worker(executor, counted):
     flow = mapped(30)
     state = run(flow, executor=EXECUTORS[executor]())
     assert state.result[flow.total].result == 30
-    if PURGES_ON_DASK and not (executor == "dask" and KEEPS_ON_CLUSTER):
+    if PURGES_ON_DASK:
         assert peak[0] <= 2 * 2 + 2
 
 
@@ -1291,17 +1288,19 @@ def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counte
     assert peak == [3] and len(alive) == 1
 
 
-def test_an_error_does_not_hold_the_frames_that_it_has_seen(counted):
+@pytest.mark.parametrize("executor", ["local", *(["threads", "dask"] if PURGES_ON_DASK else [])])
+def test_an_error_does_not_hold_the_frames_that_it_has_seen(executor, counted):
     @task
     def fail(part):
         local = [part]
         raise ValueError(len(local))
 
     with Flow("errors") as flow:
-        failures = fail.map(load.map(numbers(5)))
-    state = run(flow)
+        failures = fail.map(load.map(numbers(20)))
+    state = run(flow, executor=EXECUTORS[executor]())
     assert all(child.is_failed() for child in state.result[failures].map_states)
-    assert peak[0] <= 2 and not alive
+    assert peak[0] <= (2 if executor == "local" else 2 * 2 + 2)
+    assert executor == "dask" or not alive
 
 
 def test_a_skipped_task_does_not_hold_its_inputs(counted):
