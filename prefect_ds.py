@@ -37,7 +37,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections import ChainMap
+from collections import ChainMap, Counter
 from contextlib import contextmanager
 from heapq import heappop, heappush
 
@@ -52,6 +52,11 @@ from prefect.engine.runner import ENDRUN
 from prefect.engine.state import Cached, Failed, Finished, Mapped, State, Success
 from prefect.engine.task_runner import TaskRunner
 from prefect.utilities.collections import merge_dicts
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
 
 __version__ = "1.0.0"
 
@@ -776,7 +781,9 @@ def _load_checkpoint(storage, running):
             _task_name(), location, location, type(exc).__name__, exc,
         )  # fmt: skip
         return running
-    return Success(f"Loaded from {location}", result=_stored(storage, location, frame))
+    loaded = Success(f"Loaded from {location}", result=_stored(storage, location, frame))
+    setattr(loaded, _LOADED, True)
+    return loaded
 
 
 def _write_checkpoint(storage, success):
@@ -935,6 +942,9 @@ PurgedResult = _PurgedResultType()
 #: A task with this tag keeps its result until the flow has ended.
 _KEEP = "prefect-ds:keep"
 
+#: On a state: its result was loaded by `checkpoint_handler`.
+_LOADED = "_prefect_ds_loaded"
+
 #: On a state: its result was kept for a reader that has not finished, for the next round.
 _HELD = "_prefect_ds_held"
 
@@ -1026,6 +1036,55 @@ class _TaskRecord:
         self.is_passed = False
 
 
+class _Progress:
+    """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
+
+    SECONDS_BETWEEN_LINES = 30
+    SECONDS_BETWEEN_LOOKS = 1
+    #: The more there is to see, the longer a look takes: pause for this many times as long.
+    PAUSE_PER_LOOK = 50
+
+    def __init__(self, logger):
+        self._logger = logger
+        self._bar = None
+        self._has_lines = False
+        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
+        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+
+    def tell(self, look):
+        """If it is time to, look how far they are, and say so."""
+        begin = time.monotonic()
+        if begin < self._next_look:
+            return
+        self._show(look(), begin >= self._next_line)
+        end = time.monotonic()
+        pause = max(self.SECONDS_BETWEEN_LOOKS, self.PAUSE_PER_LOOK * (end - begin))
+        self._next_look = end + pause
+
+    def close(self, look):
+        """Say where they have ended, if anything was said before."""
+        if self._bar is not None or self._has_lines:
+            self._show(look(), self._has_lines)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, counts, is_line_due):
+        total, done, others = counts["mapped"], counts["done"], dict(counts)
+        del others["mapped"], others["done"]
+        if not total:
+            return
+        if self._bar is None and tqdm is not None and sys.stderr.isatty():
+            self._bar = tqdm(desc="mapped task runs", unit="")
+        if self._bar is not None:
+            self._bar.total, self._bar.n = total, done
+            self._bar.set_postfix(others)
+        if is_line_due:
+            self._has_lines = True
+            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+            details = ", ".join(f"{count} {name}" for name, count in others.items())
+            self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
+
+
 class _DepthFirstExecutor:
     """An executor that puts calls off until `wait`, and then goes deep before it goes wide.
 
@@ -1038,7 +1097,8 @@ class _DepthFirstExecutor:
     runner still submits.
     """
 
-    def __init__(self, executor, backend, flow, task_states):
+    def __init__(self, executor, backend, flow, task_states, logger):
+        self._progress = _Progress(logger)
         self._executor = executor
         self._backend = backend
         self._task_states = task_states
@@ -1285,6 +1345,19 @@ class _DepthFirstExecutor:
             if call is record.calls[0]:
                 self._close_edges_to(record)
             self._purge_if_unread(call)
+        self._progress.tell(self._count)
+
+    def _count(self):
+        """How many mapped task runs there are, how they have ended, and what is alive."""
+        children = [call for record in self._records.values() for call in record.calls[1:]]
+        endings = Counter(self._backend.ending(call) for call in children if call.done)
+        return {
+            "mapped": len(children),
+            "done": sum(endings.values()) - endings["unfinished"],
+            **({"loaded": endings["loaded"]} if endings["loaded"] else {}),
+            "failed": endings["failed"],
+            "results alive": sum(map(self._backend.has_result, self._calls)),
+        }
 
     def _hold(self, read):
         """Keep what will be read in another round: from a mapped task, what all children return."""
@@ -1303,6 +1376,7 @@ class _DepthFirstExecutor:
 
     def close(self, is_finished):
         """Purge what was held for another round, if there will be none, and let go of all calls."""
+        self._progress.close(self._count)
         for record in self._records.values():
             for call in record.calls if is_finished and not record.keep else ():
                 if call.is_held:
@@ -1377,11 +1451,27 @@ class _Here:
         if call.given is not call.value:
             setattr(call.value, _HELD, True)
 
+    def ending(self, call):
+        """Whether a task run was loaded, has failed, is unfinished, or none of these."""
+        state = call.value
+        if not state.is_finished():
+            return "unfinished"
+        if state.is_failed():
+            return "failed"
+        return "loaded" if state.is_cached() or getattr(state, _LOADED, False) else "run"
+
+    def has_result(self, call):
+        """Whether a task run has a result that can be purged."""
+        state = call.value
+        if not call.done or call.record is None or not state.is_successful():
+            return False
+        return not (state.is_mapped() or state.is_skipped() or state._result is PurgedResult)
+
     def purge(self, call):
         state = call.value
         if call.given is state and not getattr(state, _HELD, False):
             return  # It belongs to whoever passed it in.
-        if state.is_successful() and not (state.is_mapped() or state.is_skipped()):
+        if self.has_result(call):
             state._result = PurgedResult
             setattr(state, _HELD, False)
 
@@ -1504,6 +1594,20 @@ class _OnCluster(_InPool):
     def is_mapped(self, call):
         return getattr(call.value, "type", None) is Mapped
 
+    def ending(self, call):
+        if isinstance(call.value, State):
+            return super().ending(call)
+        kind = call.value.type or State
+        if not issubclass(kind, Finished):
+            return "unfinished"
+        # What was loaded only the workers know.
+        return "failed" if issubclass(kind, Failed) else "run"
+
+    def has_result(self, call):
+        if isinstance(call.value, State):
+            return super().has_result(call)
+        return call.done and call.value.type is Success
+
     def hold(self, call):
         pass  # `resolve` does it: the state is not here yet.
 
@@ -1558,9 +1662,9 @@ def _run_call(function, args, kwargs):
     Up to Prefect 0.12.0 every state holds them, in case that it is retried.
     """
     outcome = _run_without_merging(function, args, kwargs)
-    if isinstance(outcome, State) and outcome.is_finished():
-        if not (outcome.is_mapped() or outcome.is_cached()):
-            outcome.cached_inputs = {}
+    is_over = isinstance(outcome, State) and outcome.is_finished()
+    if is_over and not (outcome.is_mapped() or outcome.is_cached()):
+        outcome.cached_inputs = {}
     return outcome
 
 
@@ -1625,9 +1729,9 @@ def _forget_frames(error):
 
     A traceback keeps the calls that it names, and through them those that led there.
     """
-    for error in _errors_behind(error):
-        traceback.clear_frames(error.__traceback__)
-        caller = error.__traceback__ and error.__traceback__.tb_frame.f_back
+    for behind in _errors_behind(error):
+        traceback.clear_frames(behind.__traceback__)
+        caller = behind.__traceback__ and behind.__traceback__.tb_frame.f_back
         while caller is not None:
             try:
                 caller.clear()
@@ -1691,7 +1795,9 @@ class DSFlowRunner(FlowRunner):
         prefect.context["parameters"] = parameters
         backend = _backend_for(executor)
         if backend is not None:
-            executor = _DepthFirstExecutor(executor, backend, self.flow, kwargs["task_states"])
+            executor = _DepthFirstExecutor(
+                executor, backend, self.flow, kwargs["task_states"], self.logger
+            )
         try:
             state = super().get_flow_run_state(state, executor=executor, **kwargs)
         finally:

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -187,6 +188,7 @@ INTERNALS = [
     ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
     ("prefect_ds.DaskExecutor.submit", "fn", "_OnCluster"),
     ("prefect_ds.DaskExecutor.wait", "futures", "_OnCluster"),
+    ("prefect_ds.DaskExecutor._prep_dask_kwargs", "", "_submit_to_cluster"),
     ("distributed.Client.nthreads", "", "_OnCluster.width"),
     ("distributed.Future.add_done_callback", "fn", "_OnCluster.begin"),
     ("distributed.Future.type", None, "_OnCluster.take, .purge"),
@@ -1502,6 +1504,67 @@ def test_a_flow_within_a_task_runs_on_its_own(fresh):
         outer(1)
     assert run(flow).is_successful()
     assert files() == ["1.csv", "inner.csv"]
+
+
+# Progress -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name in ("SECONDS_BETWEEN_LINES", "SECONDS_BETWEEN_LOOKS", "PAUSE_PER_LOOK"):
+        monkeypatch.setattr(prefect_ds._Progress, name, 0)
+
+
+def map_of_four():
+    @task(**stored("{id}.csv"))
+    def make(id):
+        if id == 2:
+            raise ValueError(id)
+        return FRAME
+
+    with Flow("progress") as flow:
+        make.map([0, 1, 2, 3])
+    return flow
+
+
+@on_each_executor
+def test_says_how_far_a_long_map_is(executor, log, impatient):
+    FRAME.to_csv("1.csv")
+    ours = executor()
+    run(map_of_four(), executor=ours)
+    lines = [line for line in log(logging.INFO).splitlines() if line.startswith("Mapped task runs")]
+    if prefect_ds._backend_for(ours) is None:
+        assert not lines
+    else:
+        loaded = "" if isinstance(ours, DaskExecutor) else ", 1 loaded"
+        assert len(lines) > 1
+        assert lines[-1] == f"Mapped task runs: 4 of 4 done{loaded}, 1 failed, 3 results alive"
+
+
+def test_says_nothing_of_a_short_map(log):
+    run(map_of_four())
+    assert "Mapped task runs" not in log(logging.INFO)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="There are no terminals of this kind.")
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_shows_a_bar_on_a_terminal(is_terminal, impatient, monkeypatch):
+    pytest.importorskip("tqdm")
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    readable, pipe = os.pipe()
+    with open(terminal if is_terminal else pipe, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        run(map_of_four())
+        stderr.write("end")
+        stderr.flush()
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += os.read(controller if is_terminal else readable, 10_000)
+    for descriptor in (controller, readable, pipe if is_terminal else terminal):
+        os.close(descriptor)
+    assert (b"mapped task runs: 100%" in shown) == is_terminal
 
 
 # The marker ---------------------------------------------------------------------------------
