@@ -211,12 +211,13 @@ class _Arguments:
 
     KEY = "prefect_ds_arguments"
 
-    def __init__(self, task=None, inputs=None, edges=()):
+    def __init__(self, task=None, inputs=None, edges=(), storage=None):
         self.task = task
+        self.storage = storage
         self.inputs = inputs or {}
         self.distinct = sorted(edge.key for edge in edges if edge.mapped and edge.key)
         self.task_full_name = prefect.context.get("task_full_name")
-        self.path = self.location = None
+        self.location = None
 
     def __reduce__(self):
         return _Arguments, ()
@@ -240,7 +241,7 @@ class _Arguments:
     def check_distinct(self, template):
         """Raise if the children of a mapped task would all fill the template alike."""
         distinct = {"map_index", "task_full_name", "task_run_id", *self.distinct}
-        is_known = self.task is not None or not template.fields
+        is_known = self.storage is not None or not template.fields
         if is_known and not distinct.intersection(template.fields):
             raise ValueError(
                 f"The path {template.path!r} is the same for every child of this mapped task, so "
@@ -633,25 +634,31 @@ class PandasResult(_Storage):
         return dict(options, **(self.read_kwargs.get("storage_options") or {}))
 
     def _locate(self, values):
-        """Fill the template, at most once per task run: a task may change its arguments."""
+        """Fill the template; for the task's own storage, once: a task may change its arguments."""
         arguments = _Arguments.current() or _Arguments()
-        if arguments.location is None or arguments.path != self.path:
-            arguments.path = self.path
+        if arguments.storage is not self:
+            return self._fill(arguments, values)
+        if arguments.location is None:
             arguments.location = self._fill(arguments, values)
         return arguments.location
 
     def _fill(self, arguments, values):
+        is_own = arguments.storage is self
+        # In Prefect's context None means that there is no such thing.
         context = {k: v for k, v in prefect.context.items() if v is not None}
-        # Prefect passes its context along, where None means that there is no such thing.
-        values = {k: v for k, v in values.items() if v is not None or k not in prefect.context}
-        fields = ChainMap(arguments.values(), values, context.get("parameters", {}), context)
+        # Prefect passes its context along: given is what differs from that.
+        offered = prefect.context
+        given = {k: v for k, v in values.items() if k not in offered or v is not offered[k]}
+        first = (arguments.values(), given) if is_own else (given, arguments.values())
+        fields = ChainMap(*first, context.get("parameters", {}), context)
         if callable(self.path):
-            return _check_path(self.path(**fields))
+            # As on Prefect's own results: what there is not, is None.
+            return _check_path(self.path(**ChainMap(fields, offered)))
         if self.path is None:
             raise ValueError("There is no path: give one to PandasResult, or a target to the task.")
         template = _Template(self.path)
         if "map_index" in context:
-            arguments.check_distinct(template)
+            (arguments if is_own else _Arguments()).check_distinct(template)
         return template.fill(fields)
 
     def _load(self, location):
@@ -900,7 +907,9 @@ class DSTaskRunner(TaskRunner):
     def get_task_inputs(self, state, upstream_states):
         """As Prefect's; moreover, offer the inputs to the path's template."""
         inputs = super().get_task_inputs(state, upstream_states=upstream_states)
-        prefect.context[_Arguments.KEY] = _Arguments(self.task, inputs, upstream_states)
+        prefect.context[_Arguments.KEY] = _Arguments(
+            self.task, inputs, upstream_states, _storage_of(self)
+        )
         return inputs
 
 

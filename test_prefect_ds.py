@@ -1078,6 +1078,208 @@ def run_two_children():
     print(calls)
 
 
+# As a Result of Prefect's own ---------------------------------------------------------------
+
+HAS_CALLABLES = prefect_ds._HAS_LOCATIONS and prefect_ds._FLOW_RUNNER_MAPS
+
+from_0_11 = pytest.mark.skipif(
+    not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
+)
+from_0_12 = pytest.mark.skipif(
+    not HAS_CALLABLES, reason="Below Prefect 0.12 locations and targets are not callable."
+)
+
+
+def month_file(**fields):
+    return "out/{month}.bin".format(**fields)
+
+
+def both_results(location, **kwargs):
+    """Prefect's own, and ours, which differs in nothing but what is in the file."""
+    return [
+        LocalResult(dir=os.path.join(os.getcwd(), "local"), location=location, **kwargs),
+        PandasResult(location=location, file_type="pickle", **kwargs),
+    ]
+
+
+def said_location(result):
+    """Without the folder that is in front of what `LocalResult` has written."""
+    folder = os.path.join(os.getcwd(), "local", "")
+    return result.location and result.location.replace(folder, "")
+
+
+@from_0_11
+@pytest.mark.parametrize(
+    "location",
+    ["out/{month}.bin", "out/3.bin", pytest.param(month_file, marks=from_0_12)],
+    ids=["template", "plain", "callable"],
+)
+@pytest.mark.parametrize("dumps", [None, pickle.dumps, cloudpickle.dumps], ids=str)
+def test_a_result_does_what_prefects_does(location, dumps):
+    said = []
+    for result in both_results(location):
+        if dumps:
+            result = pickle.loads(dumps(result))
+        path = "out/{month}.bin"
+        before = result.exists(path, month=3)
+        formatted = result.format(month=3)
+        written = result.write(FRAME, month=3)
+        read = result.read("out/3.bin")
+        with_value = written.from_value(FRAME)
+        twin = result.copy()
+        said.append(
+            [
+                (before, result.exists(path, month=3), result.exists("out/3.bin")),
+                [said_location(r) for r in (formatted, written, read, with_value, twin, result)],
+                [type(r) is type(result) for r in (formatted, written, read, with_value, twin)],
+                [r.value is FRAME for r in (formatted, written, with_value, twin, result)],
+                (read.value is not FRAME, read.value.equals(FRAME)),
+                twin is result,
+            ]
+        )
+    assert said[0] == said[1]
+
+
+def runs_on_prefect(build, result):
+    """Of two runs on Prefect's own runners: types of states, frames, where they are."""
+    told = []
+    for _ in range(2):
+        with Flow("plain") as flow:
+            made = build(result)
+        state = FlowRunner(flow).run(
+            return_tasks=[made], context={"checkpointing": True}
+        )
+        for end in getattr(state.result[made], "map_states", [state.result[made]]):
+            assert end.is_successful(), repr(end.result)
+            told.append((type(end).__name__, end.result.id[0], said_location(end._result)))
+    return told
+
+
+def by_id_and_index(id, map_index, **fields):
+    return f"{id}_{map_index}.bin"
+
+
+def at_a_location(result):
+    return Calls().make(result=result)(3)
+
+
+def at_a_target_of_context(result):
+    return Calls().make(result=result, target="{task_name}.bin")(3)
+
+
+def mapped_to_targets(result):
+    return Calls().make(result=result, target="{map_index}.bin").map([3, 4])
+
+
+def at_a_target_of_arguments(result):
+    return Calls().make(result=result, target="{id}.bin")(3)
+
+
+def at_a_callable_target(result):
+    return Calls().make(result=result, target=lambda id, **fields: f"{id}.bin")(3)
+
+
+PLACES = [
+    at_a_target_of_context,
+    mapped_to_targets,
+    # Prefect 0.11 fills targets from its context only.
+    pytest.param(at_a_target_of_arguments, marks=from_0_12),
+    pytest.param(at_a_callable_target, marks=from_0_12),
+]
+
+
+@from_0_11
+@pytest.mark.parametrize("build", PLACES)
+def test_a_target_is_loaded_in_the_next_run_as_with_prefects(build):
+    local, ours = (runs_on_prefect(build, result) for result in both_results(None))
+    assert ours == local
+    assert {"Success", "Cached"} == {kind for kind, _, _ in ours}
+
+
+@from_0_11
+@pytest.mark.parametrize(
+    "location",
+    ["{task_name}.bin", pytest.param(by_id_and_index, marks=from_0_12)],
+    ids=["template", "callable"],
+)
+def test_a_location_is_filled_as_with_prefects(location):
+    local, ours = (runs_on_prefect(at_a_location, result) for result in both_results(location))
+    assert ours == local
+
+
+@from_0_11
+def test_storage_of_the_flow_is_a_result_of_prefects():
+    with Flow("flow", result=PandasResult("{task_name}.csv")) as flow:
+        made = Calls().make()(1)
+    state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
+    assert state.result[made]._result.location == "make.csv" and files() == ["make.csv"]
+    assert_frame_equal(PandasResult().read("make.csv").value, FRAME.assign(id=1))
+
+
+@from_0_11
+def test_is_a_result_of_prefects_on_dask_processes():
+    with Flow("processes") as flow:
+        made = Calls().make(result=PandasResult(), target="{map_index}.csv").map([1, 2])
+    executor = dask_executor(processes=True, threads_per_worker=1)
+    state = FlowRunner(flow).run(
+        return_tasks=[made], executor=executor, context={"checkpointing": True}
+    )
+    assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
+    assert files() == ["0.csv", "1.csv"]
+
+
+@from_0_11
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_a_callable_path_is_called_with_the_arguments(executor):
+    with Flow("callable") as flow:
+        calls = Calls()
+        path = PandasResult(lambda id, task_name, **fields: f"{task_name}/{id}.csv")
+        made = calls.make(result=path).map([1, 2])
+    for _ in range(2):
+        state = run(flow, executor=EXECUTORS[executor]())
+        assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
+    assert sorted(calls) == [1, 2] and files("make") == ["1.csv", "2.csv"]
+
+
+@from_0_11
+def test_a_callable_path_that_fails_fails_the_task():
+    with Flow("callable") as flow:
+        calls = Calls()
+        result = calls.make(result=PandasResult(lambda **fields: fields["nowhere"]))(1)
+    assert isinstance(failed(run(flow), result), KeyError)
+    assert calls == [] and files() == []
+
+
+@from_0_11
+def test_a_task_may_write_other_files_by_fields_of_its_own():
+    @task(result=PandasResult("{id}.csv"))
+    def write(id):
+        other = PandasResult("other_{id}_{n}.csv")
+        locations = [other.write(FRAME, n=n).location for n in (1, 2)]
+        locations += [other.write(FRAME, n=3, id="given").location]
+        assert locations == ["other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
+        return FRAME
+
+    with Flow("others") as flow:
+        write.map([7])
+    assert run(flow).is_successful()
+    assert files() == ["7.csv", "other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
+
+
+@from_0_12
+def test_an_argument_that_is_none_is_filled_in_as_with_prefects():
+    @task(name="made")
+    def write(today):
+        return FRAME.assign(id=1)
+
+    def with_none(result):
+        write.result = result
+        return write(None)
+
+    local, ours = (runs_on_prefect(with_none, r) for r in both_results("{today}.bin"))
+    assert ours == local
+
+
 # Recomputing --------------------------------------------------------------------------------
 
 
