@@ -129,7 +129,7 @@ if _HAS_LOCATIONS:
             return new
 
         def exists(self, location, **kwargs):
-            return _exists(location.format(**kwargs), self._storage_options)
+            return _exists(_Template(location).fill(kwargs), self._storage_options)
 
         def read(self, location):
             new = self.copy()

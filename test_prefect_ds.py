@@ -1229,6 +1229,21 @@ def test_is_a_result_of_prefects_on_dask_processes():
 
 
 @from_0_11
+@pytest.mark.parametrize("runner", [DSFlowRunner, FlowRunner])
+def test_a_target_cannot_lead_out_of_its_folder(runner):
+    FRAME.to_csv("secret.csv")
+    os.mkdir("in")
+    with Flow("outside") as flow:
+        calls = Calls()
+        result = calls.make(result=PandasResult(), target="in/{who}.csv")(1)
+    state = runner(flow).run(
+        return_tasks=[result], context={"checkpointing": True, "who": "../secret"}
+    )
+    error = failed(state, result)
+    assert "leads out of the folder" in str(error) and calls == []
+
+
+@from_0_11
 @pytest.mark.parametrize("executor", ["local", "threads"])
 def test_a_callable_path_is_called_with_the_arguments(executor):
     with Flow("callable") as flow:
