@@ -160,8 +160,8 @@ if _HAS_LOCATIONS:
             from prefect.engine.results.result_handler_result import CONVERSIONS
         except ImportError:
             return
-        attributes = ("path", "file_type", "read_kwargs", "write_kwargs")
-        CONVERSIONS.append((cls, dict(zip(attributes, attributes)), cls))
+        attributes = ("path", "_file_type", "read_kwargs", "write_kwargs")
+        CONVERSIONS.append((cls, {name: name.lstrip("_") for name in attributes}, cls))
 
 else:
     from prefect.engine.result import SafeResult
@@ -613,9 +613,9 @@ class PandasResult(_Storage):
         if path is not None and not callable(path):
             path = _check_path(path)
         if file_type is not None or isinstance(path, str):
-            file_type = _check_file_type(file_type, path)
+            _check_file_type(file_type, path)
         super().__init__(path, **kwargs)
-        self.file_type = file_type
+        self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
         self._checked_kinds = set()
@@ -627,6 +627,13 @@ class PandasResult(_Storage):
     def path(self):
         """str or callable: the template of the path."""
         return self.location or self._formatter
+
+    @property
+    def file_type(self):
+        """str: the type that was given or that the path tells, None as long as there is neither."""
+        if self._file_type is None and self.location is None:
+            return None
+        return _check_file_type(self._file_type, self.location)
 
     @property
     def _storage_options(self):
@@ -710,7 +717,7 @@ class PandasResult(_Storage):
 
     def _pandas(self, location, direction, kwargs):
         """The function of pandas for this file, and its keyword arguments."""
-        file_type = _check_file_type(self.file_type, location)
+        file_type = _check_file_type(self._file_type, location)
         defaults = _DEFAULTS.get(file_type, ({}, {}))[1 - direction]
         kwargs = {**defaults, **kwargs}
         kwargs.pop("storage_options", None)

@@ -1229,6 +1229,15 @@ def test_is_a_result_of_prefects_on_dask_processes():
 
 
 @from_0_11
+def test_the_file_type_follows_the_target():
+    with Flow("types") as flow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Prefect says that the target goes before the location.
+        Calls().make(result=PandasResult("data.csv"), target="data.pkl")(1)
+    assert FlowRunner(flow).run(context={"checkpointing": True}).is_successful()
+    assert_frame_equal(pandas.read_pickle("data.pkl"), FRAME.assign(id=1))
+
+
+@from_0_11
 @pytest.mark.parametrize("runner", [DSFlowRunner, FlowRunner])
 def test_a_target_cannot_lead_out_of_its_folder(runner):
     FRAME.to_csv("secret.csv")
