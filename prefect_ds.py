@@ -21,6 +21,7 @@ for a version. The internals of Prefect that this file relies on are listed, and
 import concurrent.futures
 import copy
 import datetime
+import errno
 import fnmatch
 import glob
 import inspect
@@ -38,7 +39,7 @@ import time
 import traceback
 import uuid
 from collections import ChainMap, Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from heapq import heappop, heappush
 
 import cloudpickle
@@ -468,16 +469,30 @@ def _new_file(path, storage_options, unreadable=False):
         _flush_to_disk(partial)
         if unreadable and os.path.lexists(path):
             os.replace(path, _aside(path))
-        if os.path.isdir(partial) and os.path.isdir(path):
-            # A folder cannot replace another one: the earlier one steps aside first.
-            earlier = f"{partial}-earlier"
-            os.replace(path, earlier)
-            os.replace(partial, path)
-            shutil.rmtree(earlier)
-        else:
-            os.replace(partial, path)
+        _rename(partial, path)
     finally:
         _remove(partial)
+
+
+def _rename(partial, path):
+    """Rename a file or folder over the earlier one, if any. Of two writers one wins, whole."""
+    earlier = f"{partial}-earlier"
+    while True:
+        if os.path.isdir(partial) and os.path.isdir(path):
+            # A folder cannot replace another one: the earlier one steps aside first.
+            _remove(earlier)
+            with suppress(FileNotFoundError):  # Another writer has just taken it.
+                os.replace(path, earlier)
+        try:
+            os.replace(partial, path)
+            break
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if os.path.isdir(earlier):
+                    os.replace(earlier, path)
+                raise
+            # Another writer's folder has come in between.
+    _remove(earlier)
 
 
 def _aside(path):

@@ -783,6 +783,109 @@ def test_two_writers_of_one_path_leave_one_whole_file():
     assert storage._load("data.csv").x.nunique() == 1
 
 
+def folder_of_files(name, path="data.parquet"):
+    """A frame of six parts, its storage, which makes a folder of it, and a name in all its parts."""
+    frame = pandas.DataFrame({"part": list("abcdef"), "name": name})
+    return frame, PandasResult(path, write_kwargs={"partition_cols": ["part"]})
+
+
+def parts(folder="data.parquet"):
+    """The contents of the files in a folder, without pyarrow, which starts threads."""
+    contents = [path.read_bytes() for path in Path(folder).glob("part=*/*")]
+    assert all(content[-4:] == b"PAR1" for content in contents)
+    return contents
+
+
+def test_a_folder_that_fails_halfway_leaves_the_earlier_one():
+    pytest.importorskip("pyarrow")
+    frame, storage = folder_of_files("earlier")
+    storage._save(frame, "data.parquet")
+    with pytest.raises((OSError, AssertionError)):  # pyarrow of 2020 asserts
+        storage._save(frame.assign(part=[*"abcde", "too long for a file" * 20]), "data.parquet")
+    assert files() == ["data.parquet"]
+    assert storage._load("data.parquet").name.tolist() == ["earlier"] * 6
+
+
+def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_one(monkeypatch):
+    pytest.importorskip("pyarrow")
+    frame, storage = folder_of_files("earlier")
+    storage._save(frame, "data.parquet")
+    replace = os.replace
+
+    def fail(source, target):
+        if target == "data.parquet" and not source.endswith("-earlier"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        storage._save(frame[:1], "data.parquet")
+    assert files() == ["data.parquet"] and len(parts()) == 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes SIGKILL and fork")
+def test_a_killed_writer_leaves_a_whole_folder_or_none():
+    pytest.importorskip("pyarrow.parquet")
+    seed = random.randrange(10**6)
+    found = in_another_process(f"kill_writers_of_a_folder({seed})")[-1]
+    assert "whole" in found, f"seed {seed}"
+    assert files() == ["data.parquet"] and len(parts()) == 6, f"seed {seed}"
+
+
+def kill_writers_of_a_folder(seed):
+    import pyarrow.parquet  # noqa: F401, which takes longer than the writers have
+
+    dice = random.Random(seed)
+    logging.disable(logging.CRITICAL)
+    frame, storage = folder_of_files("any")
+    storage._checked_kinds.add((True, *zip(frame.columns, map(str, frame.dtypes))))
+    found = []
+    for _ in range(12):
+        writer = os.fork()
+        if writer == 0:
+            while True:
+                storage._save(frame, "data.parquet")
+        time.sleep(0.05 + dice.random() * 0.1)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        is_there = os.path.exists("data.parquet")
+        assert not is_there or len(parts()) == 6, f"seed {seed}"
+        found.append("whole" if is_there else "none")
+    storage._save(frame, "data.parquet")
+    print(found)
+
+
+def test_of_two_processes_that_write_one_path_one_wins_whole():
+    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(folders))
+    code = "from test_prefect_ds import *; write_for_long({!r})"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code.format(name)], env=environment)
+        for name in ("one", "other")
+    ]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert files() == ["data.csv", "folder", "one", "other"]
+    restored = PandasResult("data.csv")._load("data.csv")
+    assert len(restored) == 6 and restored.name.nunique() == 1
+    assert files("folder") in (["one0", "one1", "one2"], ["other0", "other1", "other2"])
+
+
+def write_for_long(name):
+    logging.disable(logging.CRITICAL)
+    frame, _ = folder_of_files(name)
+    storage = PandasResult("data.csv")
+    Path(name).touch()
+    while len({"one", "other"}.intersection(files())) < 2:
+        time.sleep(0.001)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        storage._save(frame, "data.csv")
+        for _ in range(50):
+            with prefect_ds._new_file("folder", {}) as path:
+                for number in range(3):
+                    os.makedirs(f"{path}/{name}{number}")
+
+
 def test_remote_files():
     fsspec = pytest.importorskip("fsspec")
     filesystem = fsspec.filesystem("memory")
