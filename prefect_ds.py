@@ -455,6 +455,9 @@ def _new_file(path, storage_options, unreadable=False):
             filesystem, path = _filesystem(path, storage_options)
             if unreadable and filesystem.exists(path):
                 filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
+            if os.path.isdir(local):
+                for earlier in filesystem.find(path):
+                    filesystem.rm(earlier)
             filesystem.put(local, path, recursive=os.path.isdir(local))
         return
     path = os.path.expanduser(path)

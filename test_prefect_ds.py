@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import gc
 import importlib
 import inspect
@@ -23,8 +24,10 @@ import weakref
 import zlib
 from collections import ChainMap, Counter, namedtuple
 from datetime import timedelta
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import ANY
+from urllib.request import urlopen
 
 import cloudpickle
 import pandas
@@ -900,6 +903,135 @@ def test_remote_files():
         assert found == ["data_1.csv", "data_2.csv"]
     finally:
         filesystem.store.clear()
+
+
+def test_a_remote_folder_is_replaced_whole():
+    pytest.importorskip("pyarrow")
+    filesystem = pytest.importorskip("fsspec").filesystem("memory")
+    frame, storage = folder_of_files("any", "memory://folder/data.parquet")
+    try:
+        for part in (frame, frame[:1]):
+            storage._save(part, storage.path)
+            assert len(filesystem.find("/folder")) == len(part)
+    finally:
+        filesystem.store.clear()
+
+
+def in_memory_that_fails(monkeypatch, name):
+    filesystem = type(pytest.importorskip("fsspec").filesystem("memory"))
+
+    def fail(*args, **kwargs):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(filesystem, name, fail)
+
+
+def test_an_upload_that_fails_fails_the_task_and_leaves_the_earlier_file(monkeypatch):
+    filesystem = pytest.importorskip("fsspec").filesystem("memory")
+    path = "memory://folder/data.csv"
+    with Flow("upload") as flow:
+        result = Calls().make(**stored(path))(1)
+    try:
+        PandasResult(path)._save(FRAME, path)
+        in_memory_that_fails(monkeypatch, "put")
+        error = failed(run(flow, context={"recompute": "make"}), result)
+        assert str(error) == "no connection"
+        assert_frame_equal(PandasResult(path)._load(path), FRAME)
+    finally:
+        filesystem.store.clear()
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """The address of a server that speaks S3, with an empty bucket."""
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("s3fs", reason="takes s3fs, which speaks S3")
+    server = pytest.importorskip("moto.server", reason="takes moto[server], which serves S3")
+    for name, value in [("ACCESS_KEY_ID", "any"), ("SECRET_ACCESS_KEY", "any")]:
+        monkeypatch.setenv("AWS_" + name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    served = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    served.start()
+    host, port = served.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    urlopen(endpoint + "/moto-api/reset", data=b"")
+    filesystem = fsspec.filesystem("s3", client_kwargs={"endpoint_url": endpoint})
+    filesystem.mkdir("bucket")
+    yield endpoint
+    served.stop()
+    type(filesystem).clear_instance_cache()
+
+
+def on_s3(s3, **kwargs):
+    options = {"storage_options": {"client_kwargs": {"endpoint_url": s3}}}
+    return stored("s3://bucket/in/{id}.csv", read_kwargs=options, write_kwargs=options, **kwargs)
+
+
+def test_an_object_on_s3_is_written_once_and_then_loaded(s3):
+    with Flow("s3") as flow:
+        calls = Calls()
+        made = calls.make(**on_s3(s3)).map([1, 2])
+    for _ in range(2):
+        state = run(flow)
+        for id, frame in enumerate(state.result[made].result, 1):
+            assert_frame_equal(frame, FRAME.assign(id=id))
+    assert calls == [1, 2]
+
+
+def test_an_object_on_s3_that_cannot_be_replaced_stays(s3):
+    ((_, storage),) = on_s3(s3).items()
+    path = "s3://bucket/in/1.csv"
+    storage._save(FRAME, path)
+
+    class Unwritable:
+        def __str__(self):
+            raise OSError("no")
+
+    with pytest.raises(OSError):
+        storage._save(pandas.DataFrame({"x": [1, Unwritable()]}), path)
+    assert_frame_equal(storage._load(path), FRAME)
+
+
+def test_an_object_on_s3_that_cannot_be_read_is_kept_beside_the_new_one(s3, log):
+    ((_, storage),) = on_s3(s3).items()
+    filesystem, _ = prefect_ds._filesystem("s3://", storage._storage_options)
+    filesystem.pipe("bucket/in/1.csv", b'"')
+    with Flow("s3") as flow:
+        calls = Calls()
+        calls.make(**on_s3(s3))(1)
+    assert run(flow).is_successful() and calls == [1]
+    assert "s3://bucket/in/1.csv is there, but cannot be read" in log(logging.WARNING)
+    new, kept = sorted(filesystem.find("bucket"))
+    assert new == "bucket/in/1.csv" and filesystem.cat(kept) == b'"'
+
+
+@pytest.mark.skipif(not prefect_ds._HAS_LOCATIONS, reason="There are no results below 0.11.")
+def test_an_object_on_s3_is_a_result_of_prefects(s3):
+    ((_, storage),) = on_s3(s3).items()
+    path = "s3://bucket/in/{id}.csv"
+    assert not storage.exists(path, id=1)
+    assert storage.write(FRAME, id=1).location == "s3://bucket/in/1.csv"
+    assert storage.exists(path, id=1) and not storage.exists(path, id=2)
+    assert_frame_equal(storage.read("s3://bucket/in/1.csv").value, FRAME)
+
+
+def test_what_a_web_server_has_is_loaded(empty_folder):
+    pytest.importorskip("fsspec.implementations.http", reason="takes fsspec")
+    pytest.importorskip("aiohttp", reason="takes aiohttp, which speaks HTTP for fsspec")
+    FRAME.to_csv("1.csv", index=False)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(empty_folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            with Flow("web") as flow:
+                calls = Calls()
+                path = f"http://127.0.0.1:{server.server_port}/{{id}}.csv"
+                result = calls.make(**stored(path))(1)
+            state = run(flow)
+        finally:
+            server.shutdown()
+    assert calls == []
+    assert_frame_equal(state.result[result].result, FRAME)
 
 
 # A task whose file is there is not run ------------------------------------------------------
