@@ -689,6 +689,8 @@ class PandasResult(_Storage):
     def _load(self, location):
         with _existing_file(location, self._storage_options) as path:
             frame = self._read(path, location)
+        if not isinstance(frame, pandas.DataFrame):
+            raise TypeError(f"{location} holds a {type(frame).__name__}, not a pandas DataFrame.")
         self.logger.info("Task '%s': Loaded %s%s", _task_name(), location, _age(location))
         return frame
 
@@ -791,7 +793,7 @@ def checkpoint_handler(task_runner, old_state, new_state):
     except Exception as exc:
         if prefect.context.get("raise_on_exception"):
             raise
-        message = f"Task '{_task_name()}': {type(exc).__name__}: {exc}"
+        message = f"Task '{_task_name()}', path {storage.path}: {type(exc).__name__}: {exc}"
         task_runner.logger.error(message)
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
         return task_runner.call_runner_target_handlers(new_state, Failed(message, result=exc))

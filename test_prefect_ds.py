@@ -16,9 +16,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import weakref
 import zlib
@@ -787,7 +789,7 @@ def test_two_writers_of_one_path_leave_one_whole_file():
 
 
 def folder_of_files(name, path="data.parquet"):
-    """A frame of six parts, its storage, which makes a folder of it, and a name in all its parts."""
+    """A frame of six parts with a name in each, and storage that makes a folder of it."""
     frame = pandas.DataFrame({"part": list("abcdef"), "name": name})
     return frame, PandasResult(path, write_kwargs={"partition_cols": ["part"]})
 
@@ -1300,6 +1302,141 @@ def test_a_file_that_cannot_be_read_stays_if_the_task_fails():
     assert Path("data.pkl").read_bytes() == b"damaged" and files() == ["data.pkl"]
 
 
+def test_a_pickle_that_holds_no_frame_is_not_a_result(log):
+    Path("data.pkl").write_bytes(pickle.dumps("no frame"))
+    with Flow("damaged") as flow:
+        calls = Calls()
+        result = calls.make(**stored("data.pkl"))(1)
+    assert isinstance(run(flow).result[result].result, pandas.DataFrame) and calls == [1]
+    assert "data.pkl holds a str" in log(logging.WARNING)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes fork")
+def test_a_damaged_file_neither_fails_the_flow_nor_gets_lost():
+    seed = random.randrange(10**6)
+    *_, loaded, recomputed, crashed = in_another_process(f"damage_each_file_type({seed})")
+    assert loaded != "0" or recomputed != "0", crashed
+
+
+def damage_each_file_type(seed):
+    outcomes = Counter()
+    logging.disable(logging.CRITICAL)
+    for file_type in sorted(prefect_ds._FILE_TYPES):
+        for how in ("flipped", "truncated"):
+            # The libraries of some file types end the process on some damages.
+            child = os.fork()
+            if child == 0:
+                code = 3
+                try:
+                    code = run_on_a_damaged_file(file_type, how, random.Random(seed))
+                except ImportError:
+                    code = 2
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(code)
+            _, status = os.waitpid(child, 0)
+            code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else "crashed"
+            assert code != 3, f"{file_type}, {how}, seed {seed}"
+            outcomes[code] += 1
+    print(outcomes[0], outcomes[1], f"crashed: {outcomes['crashed']}", sep="\n")
+
+
+def run_on_a_damaged_file(file_type, how, dice):
+    """Whether the task ran again; fails where the flow does, or where the file is lost."""
+    os.mkdir(file_type + how)
+    os.chdir(file_type + how)
+    frame = FRAME.astype({"one": "int32"})
+    name = "data." + EXTENSIONS.get(file_type, file_type)
+    PandasResult(name, file_type)._save(frame, name)
+    content = bytearray(Path(name).read_bytes())
+    place = dice.randrange(len(content))
+    if how == "flipped":
+        content[place] ^= dice.randrange(1, 256)
+    else:
+        del content[place:]
+    Path(name).write_bytes(bytes(content))
+    ran = []
+
+    @task(**stored(name, file_type))
+    def make():
+        ran.append(1)
+        return frame
+
+    with Flow("damaged") as flow:
+        result = make()
+    state = run(flow)
+    assert state.is_successful(), repr(state.result[result].result)
+    assert isinstance(state.result[result].result, pandas.DataFrame)
+    kept = sorted(files(), key=len)[-1]
+    assert Path(kept).read_bytes() == content and len(files()) == 1 + len(ran)
+    if ran:
+        restored = PandasResult(name, file_type)._load(name)
+        assert_frame_equal(restored, frame, check_dtype=False)
+    return len(ran)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="takes setuid")
+def test_without_permission_nothing_is_lost():
+    with tempfile.TemporaryDirectory() as reachable:
+        os.chmod(reachable, 0o755)
+        closed, unreadable = Path(reachable, "closed"), Path(reachable, "unreadable")
+        for folder in (closed, unreadable):
+            folder.mkdir()
+            FRAME.to_csv(str(folder / "data.csv"), index=False)
+        closed.chmod(0o555)
+        unreadable.chmod(0o777)
+        (unreadable / "data.csv").chmod(0)
+        *_, message, kind, other_message, other_kind = in_another_process(
+            f"run_as_nobody({str(closed)!r}, {str(unreadable)!r})"
+        )
+        assert kind == "PermissionError"
+        assert "Task 'make'" in message and str(closed / "data.csv") in message
+        assert files(closed) == ["data.csv"]
+        assert_frame_equal(pandas.read_csv(str(closed / "data.csv")), FRAME)
+        assert (other_message, other_kind) == ("Task run succeeded.", "DataFrame")
+        new, kept = files(unreadable)
+        (unreadable / kept).chmod(0o644)
+        assert_frame_equal(pandas.read_csv(str(unreadable / new)), FRAME.assign(id=1))
+        assert_frame_equal(pandas.read_csv(str(unreadable / kept)), FRAME)
+
+
+def run_as_nobody(closed, unreadable):
+    """Run where permissions count: not as root. Nobody may import much, so that comes first."""
+    logging.disable(logging.CRITICAL)
+    storage = PandasResult("data.csv")
+    storage._save(FRAME, "data.csv")
+    storage._load("data.csv")
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    for folder, recompute in [(closed, "make"), (unreadable, "")]:
+        with Flow("nobody") as flow:
+            result = Calls().make(**stored(folder + "/data.csv"))(1)
+        end = run(flow, context={"recompute": recompute}).result[result]
+        print(end.message.replace("\n", " "))
+        print(type(end.result).__name__)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_without_its_engine_the_task_fails_and_the_file_stays(is_there, monkeypatch, log):
+    storage = PandasResult("data.xlsx")
+    pytest.importorskip("openpyxl")
+    with Flow("engine") as flow:
+        result = Calls().make(**stored("data.xlsx"))(1)
+    if is_there:
+        storage._save(FRAME, "data.xlsx")
+    before = {name: Path(name).read_bytes() for name in files()}
+    engines = ["openpyxl", "xlrd", "xlsxwriter"]
+    for module in [*engines, *(name for name in sys.modules if name.startswith("openpyxl."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    state = run(flow)
+    assert isinstance(failed(state, result), ImportError)
+    message = state.result[result].message
+    assert "Task 'make'" in message and "data.xlsx" in message and "openpyxl" in message
+    assert ("data.xlsx is there, but cannot be read" in log(logging.WARNING)) == is_there
+    assert {name: Path(name).read_bytes() for name in files()} == before
+
+
 def test_another_process_finds_the_files():
     for expected in ("[1, 2]", "[]"):
         assert in_another_process("run_two_children()")[-1] == expected
@@ -1381,9 +1518,7 @@ def runs_on_prefect(build, result):
     for _ in range(2):
         with Flow("plain") as flow:
             made = build(result)
-        state = FlowRunner(flow).run(
-            return_tasks=[made], context={"checkpointing": True}
-        )
+        state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
         for end in getattr(state.result[made], "map_states", [state.result[made]]):
             assert end.is_successful(), repr(end.result)
             told.append((type(end).__name__, end.result.id[0], said_location(end._result)))
