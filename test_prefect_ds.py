@@ -2163,6 +2163,114 @@ def test_shows_a_bar_on_a_terminal(is_terminal, impatient, monkeypatch):
     assert (b"mapped task runs: 100%" in shown) == is_terminal
 
 
+# Faults, and flows that run long ------------------------------------------------------------
+
+_takes_fork = pytest.mark.skipif(os.name == "nt", reason="takes SIGKILL and fork")
+
+
+def note(line, file="noted"):
+    """Add a line to a file: whole, whatever other threads and processes add."""
+    descriptor = os.open(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(descriptor, f"{line}\n".encode())
+    os.close(descriptor)
+
+
+def noted(file="noted"):
+    return Path(file).read_text().splitlines() if os.path.exists(file) else []
+
+
+def two_stages(width=10, rows=2000, fault=lambda name: None):
+    """A flow with a file for each task run, which notes the name of the file when it computes."""
+
+    def compute(name, x):
+        note(name)
+        fault(name)
+        return pandas.DataFrame({"x": x})
+
+    @task(**stored("one_{i}.csv"))
+    def one(i):
+        return compute(f"one_{i}.csv", range(i, i + rows))
+
+    @task(**stored("two_{i}.csv"))
+    def two(frame, i):
+        assert len(frame) == rows
+        return compute(f"two_{i}.csv", frame.x * 2)
+
+    @task(**stored("total.csv"))
+    def total(frames):
+        assert [len(frame) for frame in frames] == [rows] * width
+        return compute("total.csv", [sum(int(frame.x.sum()) for frame in frames)])
+
+    with Flow("two stages") as flow:
+        ids = list(range(width))
+        flow.total = total(two.map(one.map(ids), ids))
+    return flow
+
+
+def contents():
+    """Of all files, those of the tests' own book-keeping left out."""
+    return {n: Path(n).read_bytes() for n in files() if os.path.isfile(n) and "noted" not in n}
+
+
+def contents_of_a_run(flow, **kwargs):
+    """What a run leaves in a folder in which nothing has happened before."""
+    os.mkdir("fresh")
+    os.chdir("fresh")
+    try:
+        assert run(flow, **kwargs).is_successful()
+        return contents()
+    finally:
+        os.chdir("..")
+        shutil.rmtree("fresh")
+
+
+def fork(call):
+    """Call a function in a new process, whose exit status is 0 if it returns True."""
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            status = 0 if call() else 1
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return process
+
+
+@_takes_fork
+def test_a_flow_that_was_killed_goes_on_where_it_was():
+    seed = random.randrange(10**6)
+    kills = in_another_process(f"kill_flows({seed})")[-1]
+    assert int(kills) > 2, f"seed {seed}"
+
+
+def kill_flows(seed):
+    dice = random.Random(seed)
+    logging.disable(logging.CRITICAL)
+    flow = two_stages()
+    whole = contents_of_a_run(flow)
+    kills, status = 0, None
+    while status != 0:
+        finished, start = contents(), len(noted())
+        process = fork(lambda: run(flow).is_successful())
+        victim = start + dice.randrange(1, 7)
+        done = 0
+        while not done and len(noted()) < victim:
+            done, status = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.0005)
+        if not done:
+            time.sleep(dice.random() * 0.02)
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+        assert status == 0 or os.WIFSIGNALED(status), f"it failed after {kills} kills; seed {seed}"
+        kills += status != 0
+        computed = noted()[start:]
+        assert not finished.keys() & set(computed), f"seed {seed}"
+        assert len(set(computed) - contents().keys()) <= 1, f"only one is under way; seed {seed}"
+    assert contents() == whole, f"seed {seed}"
+    print(kills)
+
+
 # The marker ---------------------------------------------------------------------------------
 
 
