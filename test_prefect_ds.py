@@ -2340,6 +2340,55 @@ def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures):
     assert contents() == whole, f"seed {seed}"
 
 
+RUNS = 100
+
+
+def test_a_hundred_runs_at_once_in_threads(log):
+    flow = two_stages(width=2)
+    whole = contents_of_a_run(flow)
+    start = threading.Barrier(RUNS)
+    totals = []
+
+    def once():
+        start.wait()
+        totals.append(int(run(flow).result[flow.total].result.x[0]))
+
+    threads = [threading.Thread(target=once) for _ in range(RUNS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(totals) == RUNS and len(set(totals)) == 1
+    assert contents() == whole
+    assert log(logging.WARNING) == log(logging.ERROR) == ""
+
+
+@_takes_fork
+def test_a_hundred_runs_at_once_in_processes():
+    in_another_process("run_at_once()")
+
+
+def run_at_once():
+    flow = two_stages(width=2)
+    whole = contents_of_a_run(flow)
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = warned.append
+    logging.getLogger("prefect").handlers = [handler]
+    waiting, go = os.pipe()
+
+    def once():
+        os.close(go)
+        os.read(waiting, 1)  # until all are there
+        total = run(flow).result[flow.total].result
+        return total.to_csv(index=False).encode() == whole["total.csv"] and not warned
+
+    processes = [fork(once) for _ in range(RUNS)]
+    os.close(go)
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0] * RUNS
+    assert contents() == whole
+
+
 # The marker ---------------------------------------------------------------------------------
 
 
