@@ -2389,6 +2389,39 @@ def run_at_once():
     assert contents() == whole
 
 
+#: Where each task run copies the whole configuration, several times, children are few: 10 ms each.
+_COPIES_CONFIG = "self.copy()" in inspect.getsource(type(prefect.context).__call__)
+
+#: The width of the long run.
+LONG = int(os.environ.get("PREFECT_DS_LONG", 300 if _COPIES_CONFIG else 20000))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
+def test_memory_is_flat_in_a_long_run():
+    early, late = map(int, in_another_process("run_long()")[-1].split())
+    assert late - early < 40, f"{early} MB after {LONG // 20} children, {late} MB after {LONG}"
+
+
+def run_long():
+    logging.disable(logging.CRITICAL)
+    used = []
+
+    @task
+    def make(i):
+        return pandas.DataFrame(0.5, index=range(125000), columns=["x"])  # 1 MB
+
+    @task
+    def use(frame):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
+        return len(frame)
+
+    with Flow("long") as flow:
+        result = total(use.map(make.map(numbers(LONG))))
+    assert run(flow).result[result].result == LONG * 125000
+    print(used[LONG // 20 - 1], used[-1])
+
+
 # The marker ---------------------------------------------------------------------------------
 
 
