@@ -2422,6 +2422,110 @@ def run_long():
     print(used[LONG // 20 - 1], used[-1])
 
 
+#: What is alive of the class below in this process.
+_tables = weakref.WeakValueDictionary()
+
+
+class Table(pandas.DataFrame):
+    """A frame that notes in which process it arrives, and that can be counted."""
+
+    def __init__(self, name):
+        super().__init__({"name": [name], "x": 1})
+        _tables[id(self)] = self
+
+    def __reduce__(self):
+        return _arrive, (self["name"][0],)
+
+
+def _arrive(name):
+    note(f"{os.getpid()} {name}", "noted-arrivals")
+    return Table(name)
+
+
+def new_table(name):
+    """A table; noted are its name, the process, and how many are alive there."""
+    table = Table(name)
+    note(f"{name} {os.getpid()} {len(_tables)}")
+    return table
+
+
+_Distributed = namedtuple("_Distributed", "first second arrivals files")
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """Two runs of a flow on a cluster: what was computed in each, and what arrived where."""
+    width = 16
+
+    @task
+    def look_up():
+        return new_table("look_up")
+
+    @task(**stored("data/load_{i:02}.pkl"))
+    def load(i):
+        return new_table("load")
+
+    @task(**stored("data/join_{i:02}.pkl"))
+    def join(frame, other, i):
+        return new_table("join")
+
+    @task
+    def measure(frame):
+        return len(frame)
+
+    @task
+    def last(other):
+        return new_table("last")
+
+    with Flow("distributed") as flow:
+        ids = list(range(width))
+        other = look_up()
+        result = total(measure.map(join.map(load.map(ids), unmapped(other), ids)))
+        end = last(other)
+
+    folder = os.getcwd()
+    os.chdir(str(tmp_path_factory.mktemp("cluster")))
+    try:
+        computed = []
+        with cluster_of_processes() as address:
+            for _ in range(2):
+                before = len(noted())
+                states = run(flow, executor=DaskExecutor(address=address)).result
+                assert states[result].result == width
+                assert list(states[end].result["name"]) == ["last"]
+                computed.append([line.split() for line in noted()[before:]])
+        arrivals = [line.split() for line in noted("noted-arrivals")]
+        return _Distributed(*computed, arrivals, files("data"))
+    finally:
+        os.chdir(folder)
+
+
+def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
+    processes = {process for _, process, _ in distributed.first}
+    assert len(processes) == 2 and str(os.getpid()) not in processes
+    assert distributed.files == [f"{n}_{i:02}.pkl" for n in ("join", "load") for i in range(16)]
+    first, second = (Counter(name for name, *_ in computed) for computed in distributed[:2])
+    assert first == {"look_up": 1, "load": 16, "join": 16, "last": 1}
+    assert second == {"look_up": 1, "last": 1}
+
+
+_purges_on_cluster = pytest.mark.skipif(
+    not PURGES_ON_DASK or KEEPS_ON_CLUSTER, reason="Here a cluster keeps its results."
+)
+
+
+@_purges_on_cluster
+def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
+    here = [name for process, name in distributed.arrivals if process == str(os.getpid())]
+    assert here == ["last", "last"]
+    assert {"load", "look_up"} <= {name for _, name in distributed.arrivals}
+
+
+@_purges_on_cluster
+def test_workers_let_go_of_what_was_purged(distributed):
+    assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
+
+
 # The marker ---------------------------------------------------------------------------------
 
 
