@@ -2393,7 +2393,7 @@ def run_at_once():
 _COPIES_CONFIG = "self.copy()" in inspect.getsource(type(prefect.context).__call__)
 
 #: The width of the long run.
-LONG = int(os.environ.get("PREFECT_DS_LONG", 300 if _COPIES_CONFIG else 20000))
+LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 20000))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
