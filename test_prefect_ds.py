@@ -2510,7 +2510,7 @@ def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
 
 
 _purges_on_cluster = pytest.mark.skipif(
-    not PURGES_ON_DASK or KEEPS_ON_CLUSTER, reason="Here a cluster keeps its results."
+    not PURGES_ON_DASK, reason="Here a cluster keeps its results."
 )
 
 
