@@ -424,7 +424,7 @@ def _filesystem(path, storage_options):
 def _exists(path, storage_options):
     if _is_url(path):
         filesystem, path = _filesystem(path, storage_options)
-        return filesystem.exists(path)
+        return filesystem.exists(path) and not filesystem.exists(_mark_of_upload(path))
     return os.path.exists(os.path.expanduser(path))
 
 
@@ -455,10 +455,15 @@ def _new_file(path, storage_options, unreadable=False):
             filesystem, path = _filesystem(path, storage_options)
             if unreadable and filesystem.exists(path):
                 filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
-            if os.path.isdir(local):
-                for earlier in filesystem.find(path):
-                    filesystem.rm(earlier)
-            filesystem.put(local, path, recursive=os.path.isdir(local))
+            if not os.path.isdir(local):
+                filesystem.put(local, path)
+                return
+            # The files of a folder arrive one by one: it is not there until all of them are.
+            filesystem.touch(_mark_of_upload(path))
+            for earlier in filesystem.find(path):
+                filesystem.rm(earlier)
+            filesystem.put(local, path, recursive=True)
+            filesystem.rm(_mark_of_upload(path))
         return
     path = os.path.expanduser(path)
     folder, name = os.path.split(path)
@@ -496,6 +501,12 @@ def _rename(partial, path):
                 raise
             # Another writer's folder has come in between.
     _remove(earlier)
+
+
+def _mark_of_upload(path):
+    """A file beside a remote folder that is there while the folder is not whole."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return f"{folder}/.{name}~upload"
 
 
 def _aside(path):
@@ -1512,12 +1523,10 @@ class _Here:
             setattr(state, _HELD, False)
 
     def forget_inputs(self, call):
-        """Drop what the state of a mapped task has kept, of an earlier round, for its children."""
+        """Drop what the state of a mapped task has of its children from an earlier round."""
         state = call.value
-        if isinstance(state, Mapped):
-            state.cached_inputs = {}
-            if any(getattr(child, _HELD, False) for child in state.map_states):
-                state.result = None
+        if any(getattr(child, _HELD, False) for child in _children_of(state)):
+            state.result = None
 
     def resolve(self, futures):
         return _replace_calls(futures, lambda call: call.value if call.done else call)
@@ -1698,8 +1707,7 @@ def _run_call(function, args, kwargs):
     Up to Prefect 0.12.0 every state holds them, in case that it is retried.
     """
     outcome = _run_without_merging(function, args, kwargs)
-    is_over = isinstance(outcome, State) and outcome.is_finished()
-    if is_over and not (outcome.is_mapped() or outcome.is_cached()):
+    if isinstance(outcome, State) and outcome.is_finished() and not outcome.is_cached():
         outcome.cached_inputs = {}
     return outcome
 

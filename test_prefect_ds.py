@@ -920,6 +920,31 @@ def test_a_remote_folder_is_replaced_whole():
         filesystem.store.clear()
 
 
+def test_a_remote_folder_is_not_there_until_it_is_whole(monkeypatch):
+    pytest.importorskip("pyarrow")
+    filesystem = pytest.importorskip("fsspec").filesystem("memory")
+    put = type(filesystem).put
+
+    def put_in_part(self, local, remote, **kwargs):
+        shutil.rmtree(os.path.join(local, "part=f"))
+        put(self, local, remote, **kwargs)
+        raise OSError("no connection")
+
+    frame, storage = folder_of_files("any", "memory://folder/data.parquet")
+    try:
+        storage._save(frame, storage.path)
+        monkeypatch.setattr(type(filesystem), "put", put_in_part)
+        with pytest.raises(OSError, match="no connection"):
+            storage._save(frame, storage.path)
+        assert len(filesystem.find("/folder/data.parquet")) == 5
+        assert not prefect_ds._exists(storage.path, {})
+        monkeypatch.setattr(type(filesystem), "put", put)
+        storage._save(frame, storage.path)
+        assert len(filesystem.find("/folder")) == 6
+    finally:
+        filesystem.store.clear()
+
+
 def in_memory_that_fails(monkeypatch, name):
     filesystem = type(pytest.importorskip("fsspec").filesystem("memory"))
 
