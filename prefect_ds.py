@@ -56,7 +56,7 @@ from prefect.utilities.collections import merge_dicts
 
 try:
     from tqdm import tqdm
-except ImportError:
+except ImportError:  # There is no progress bar then.
     tqdm = None
 
 __version__ = "1.0.0"
@@ -1120,7 +1120,7 @@ class _Progress:
         del others["mapped"], others["done"]
         if not total:
             return
-        if self._bar is None and tqdm is not None and sys.stderr.isatty():
+        if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
             self._bar = tqdm(desc="mapped task runs", unit="")
         if self._bar is not None:
             self._bar.total, self._bar.n = total, done
@@ -1251,7 +1251,7 @@ class _DepthFirstExecutor:
             return
         if record.calls:
             self._backend.forget_inputs(record.calls[0])
-        # Prefect asks a map again in the next round. With other upstream states it may have some.
+        # Prefect maps again in the next round, and then there may be some.
         has_no_children = len(record.calls) == 1 and self._backend.is_mapped(record.calls[0])
         for edge in record.edges_to:
             upstream = self._records[edge.upstream_task]
@@ -1365,8 +1365,8 @@ class _DepthFirstExecutor:
         return needed
 
     def _finish(self, call, outcome):
-        call.done = True
         is_finished = self._backend.take(call, outcome)
+        call.done = True
         if call.is_held:
             self._backend.hold(call)
         children = [c for c in _children_of(call.value) if isinstance(c, _Call)]
@@ -1637,7 +1637,7 @@ class _OnCluster(_InPool):
         return issubclass(kind, Finished) and not issubclass(kind, Cached)
 
     def is_mapped(self, call):
-        return getattr(call.value, "type", None) is Mapped
+        return super().is_mapped(call) or getattr(call.value, "type", None) is Mapped
 
     def ending(self, call):
         if isinstance(call.value, State):

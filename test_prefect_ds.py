@@ -2348,7 +2348,7 @@ def die_once(victim):
 
 @_takes_fork
 @pytest.mark.parametrize("allowed_failures", [0, 3])
-def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures):
+def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, impatient):
     seed = random.randrange(10**6)
     dice = random.Random(seed)
     whole = contents_of_a_run(two_stages())
