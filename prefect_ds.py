@@ -360,6 +360,25 @@ _DEFAULTS: dict = {
 #: How much of a frame is written and read back to see what its file type does not keep.
 _SAMPLE_ROWS = 50
 
+
+def _is_numbered(frame):
+    return frame.index.equals(pandas.RangeIndex(len(frame)))
+
+
+def _kind_of(frame):
+    """What frames have in common that a file type keeps alike."""
+    return len(frame) > 0, _is_numbered(frame), tuple(zip(frame.columns, map(str, frame.dtypes)))
+
+
+def _sample(frame):
+    """The first and the last rows of a frame, numbered from 0 if those of the frame are."""
+    if len(frame) <= _SAMPLE_ROWS:
+        return frame
+    half = _SAMPLE_ROWS // 2
+    sample = frame.iloc[[*range(half), *range(-half, 0)]]
+    return sample.reset_index(drop=True) if _is_numbered(frame) else sample
+
+
 _REMEDIES = (
     " read_kwargs={'dtype': ..., 'parse_dates': [...]} for columns, and write_kwargs="
     "{'index': True} with read_kwargs={'index_col': 0} for the index"
@@ -726,11 +745,11 @@ class PandasResult(_Storage):
 
     def _warn_of_losses(self, frame, location):
         """Say, once per kind of frame, what will not come back as it was."""
-        kind = (bool(len(frame)), *zip(frame.columns, map(str, frame.dtypes)))
+        kind = _kind_of(frame)
         if kind in self._checked_kinds:
             return
         self._checked_kinds.add(kind)
-        sample = frame.head(_SAMPLE_ROWS)
+        sample = _sample(frame)
         writer, kwargs = self._pandas(location, 1, self.write_kwargs)
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -738,7 +757,7 @@ class PandasResult(_Storage):
                 writer(sample, path, **kwargs)
                 losses = _losses(sample, self._read(path, location))
         except Exception as exc:
-            losses = [f"its first rows cannot be read back: {type(exc).__name__}: {exc}"]
+            losses = [f"some rows cannot be read back: {type(exc).__name__}: {exc}"]
         if losses:
             self.logger.warning(
                 "Task '%s': %s does not keep all of the frame: %s. The file types parquet and "

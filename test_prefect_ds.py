@@ -666,8 +666,20 @@ def test_says_what_a_file_type_does_not_keep(log):
         assert part in warning
 
 
+@pytest.mark.parametrize("file_type", ["csv", "stata"])
+def test_says_that_an_index_is_not_kept_that_is_numbered_only_at_first(file_type, log):
+    storage = PandasResult("data", file_type)
+    for frame in (FRAME, pandas.concat([pandas.concat([FRAME] * 40, ignore_index=True)] * 2)):
+        assert "the index comes back" not in log(logging.WARNING)
+        storage._save(frame, "data")
+    assert "the index comes back" in log(logging.WARNING)
+
+
 def test_says_nothing_where_all_is_kept(log):
-    PandasResult("data.csv")._save(FRAME, "data.csv")
+    for frame in (FRAME, pandas.concat([FRAME] * 40, ignore_index=True)):
+        for name in ("data.csv", "data.json", "data.parquet"):
+            pytest.importorskip("pyarrow")
+            PandasResult(name)._save(frame, name)
     PandasResult("data.pkl")._save(FRAME.set_index("three"), "data.pkl")
     assert log(logging.WARNING) == ""
 
@@ -754,7 +766,7 @@ def kill_writers(kills, seed):
     logging.disable(logging.CRITICAL)
     frame = pandas.DataFrame({"x": range(20000), "y": "some text"})
     storage = PandasResult("data.csv")
-    storage._checked_kinds.add((True, *zip(frame.columns, map(str, frame.dtypes))))
+    storage._checked_kinds.add(prefect_ds._kind_of(frame))
     leftovers = 0
     for _ in range(kills):
         writer = os.fork()
@@ -844,7 +856,7 @@ def kill_writers_of_a_folder(seed):
     dice = random.Random(seed)
     logging.disable(logging.CRITICAL)
     frame, storage = folder_of_files("any")
-    storage._checked_kinds.add((True, *zip(frame.columns, map(str, frame.dtypes))))
+    storage._checked_kinds.add(prefect_ds._kind_of(frame))
     found = []
     for _ in range(12):
         writer = os.fork()
