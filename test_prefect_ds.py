@@ -863,7 +863,11 @@ def kill_writers_of_a_folder(seed):
         if writer == 0:
             while True:
                 storage._save(frame, "data.parquet")
-        time.sleep(0.05 + dice.random() * 0.1)
+        # On a busy machine the first folder takes its time.
+        until = time.monotonic() + 60
+        while not os.path.exists("data.parquet") and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.1)
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         is_there = os.path.exists("data.parquet")
