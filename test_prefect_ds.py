@@ -2678,15 +2678,22 @@ def test_runs_a_feature_as_prefect_does(feature, tmp_path, monkeypatch):
     assert outcomes[:2] == outcomes[2:]
 
 
+def runs_on_a_schedule(flow_runner_cls, seconds):
+    soon = pendulum.now("utc").add(seconds=seconds)
+    calls = Calls()
+    dates = [soon, soon.add(seconds=seconds)]
+    with Flow("schedule", schedule=Schedule([DatesClock(dates)])) as flow:
+        result = calls.make()(1)
+    assert flow.run(runner_cls=flow_runner_cls).result[result].is_successful()
+    return calls
+
+
 def test_runs_on_a_schedule_as_prefect_does():
-    runs = {}
-    for flow_runner_cls in (FlowRunner, DSFlowRunner):
-        soon = pendulum.now("utc").add(seconds=2)
-        calls = runs[flow_runner_cls] = Calls()
-        with Flow("schedule", schedule=Schedule([DatesClock([soon, soon.add(seconds=2)])])) as flow:
-            result = calls.make()(1)
-        assert flow.run(runner_cls=flow_runner_cls).result[result].is_successful()
-    assert runs[FlowRunner] == runs[DSFlowRunner] == [1, 1]
+    for seconds in (2, 6, 18):
+        runs = [runs_on_a_schedule(runner, seconds) for runner in (FlowRunner, DSFlowRunner)]
+        if runs == [[1, 1], [1, 1]]:
+            break  # Else a busy machine has missed a date, which Prefect leaves out.
+    assert runs == [[1, 1], [1, 1]]
 
 
 # Any flow runs as on Prefect's FlowRunner ---------------------------------------------------
