@@ -474,15 +474,15 @@ def _new_file(path, storage_options, unreadable=False):
             filesystem, path = _filesystem(path, storage_options)
             if unreadable and filesystem.exists(path):
                 filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
-            if not os.path.isdir(local):
-                filesystem.put(local, path)
-                return
-            # The files of a folder arrive one by one: it is not there until all of them are.
-            filesystem.touch(_mark_of_upload(path))
-            for earlier in filesystem.find(path):
-                filesystem.rm(earlier)
-            filesystem.put(local, path, recursive=True)
-            filesystem.rm(_mark_of_upload(path))
+            mark, is_folder = _mark_of_upload(path), os.path.isdir(local)
+            if is_folder:
+                # Its files arrive one by one: it is not there until all of them are.
+                filesystem.touch(mark)
+                for earlier in filesystem.find(path):
+                    filesystem.rm(earlier)
+            filesystem.put(local, path, recursive=is_folder)
+            if filesystem.exists(mark):
+                filesystem.rm(mark)
         return
     path = os.path.expanduser(path)
     folder, name = os.path.split(path)

@@ -961,23 +961,30 @@ def test_a_remote_folder_is_not_there_until_it_is_whole(monkeypatch):
         filesystem.store.clear()
 
 
-def in_memory_that_fails(monkeypatch, name):
-    filesystem = type(pytest.importorskip("fsspec").filesystem("memory"))
-
-    def fail(*args, **kwargs):
-        raise OSError("no connection")
-
-    monkeypatch.setattr(filesystem, name, fail)
+def test_a_file_takes_the_place_of_a_remote_folder_that_was_not_whole():
+    filesystem = pytest.importorskip("fsspec").filesystem("memory")
+    path = "memory://folder/data.csv"
+    _, path_there = prefect_ds._filesystem(path, {})
+    try:
+        filesystem.touch(prefect_ds._mark_of_upload(path_there))
+        PandasResult(path)._save(FRAME, path)
+        assert prefect_ds._exists(path, {}) and len(filesystem.find("/folder")) == 1
+    finally:
+        filesystem.store.clear()
 
 
 def test_an_upload_that_fails_fails_the_task_and_leaves_the_earlier_file(monkeypatch):
     filesystem = pytest.importorskip("fsspec").filesystem("memory")
     path = "memory://folder/data.csv"
+
+    def fail(*args, **kwargs):
+        raise OSError("no connection")
+
     with Flow("upload") as flow:
         result = Calls().make(**stored(path))(1)
     try:
         PandasResult(path)._save(FRAME, path)
-        in_memory_that_fails(monkeypatch, "put")
+        monkeypatch.setattr(type(filesystem), "put", fail)
         error = failed(run(flow, context={"recompute": "make"}), result)
         assert str(error) == "no connection"
         assert_frame_equal(PandasResult(path)._load(path), FRAME)
