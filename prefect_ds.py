@@ -699,11 +699,11 @@ class PandasResult(_Storage):
 
     def _fill(self, arguments, values):
         is_own = arguments.storage is self
-        # In Prefect's context None means that there is no such thing.
-        context = {k: v for k, v in prefect.context.items() if v is not None}
-        # Prefect passes its context along: given is what differs from that.
-        offered = prefect.context
+        # Prefect passes its whole context along: given is what differs from that.
+        offered = dict(prefect.context)
         given = {k: v for k, v in values.items() if k not in offered or v is not offered[k]}
+        # In Prefect's context None means that there is no such thing.
+        context = {k: v for k, v in offered.items() if v is not None}
         first = (arguments.values(), given) if is_own else (given, arguments.values())
         fields = ChainMap(*first, context.get("parameters", {}), context)
         if callable(self.path):
@@ -1135,8 +1135,7 @@ class _Progress:
             self._bar.close()
 
     def _show(self, counts, is_line_due):
-        total, done, others = counts["mapped"], counts["done"], dict(counts)
-        del others["mapped"], others["done"]
+        total, done, others = counts
         if not total:
             return
         if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
@@ -1414,16 +1413,14 @@ class _DepthFirstExecutor:
         self._progress.tell(self._count)
 
     def _count(self):
-        """How many mapped task runs there are, how they have ended, and what is alive."""
+        """How many mapped task runs there are, how many are done, and other counts by name."""
         children = [call for record in self._records.values() for call in record.calls[1:]]
         endings = Counter(self._backend.ending(call) for call in children if call.done)
-        return {
-            "mapped": len(children),
-            "done": sum(endings.values()) - endings["unfinished"],
-            **({"loaded": endings["loaded"]} if endings["loaded"] else {}),
-            "failed": endings["failed"],
-            "results alive": sum(map(self._backend.has_result, self._calls)),
-        }
+        done = sum(endings.values()) - endings["unfinished"]
+        others = {"loaded": endings["loaded"]} if endings["loaded"] else {}
+        others["failed"] = endings["failed"]
+        others["results alive"] = sum(map(self._backend.has_result, self._calls))
+        return len(children), done, others
 
     def _hold(self, read):
         """Keep what will be read in another round: from a mapped task, what all children return."""
@@ -1509,8 +1506,12 @@ class _Here:
         # A later round runs a Cached task again, to see whether its inputs are still the same.
         return outcome.is_finished() and not outcome.is_cached()
 
+    def _kind(self, call):
+        """The type of the state of a call that is done."""
+        return type(call.value)
+
     def is_mapped(self, call):
-        return isinstance(call.value, Mapped)
+        return issubclass(self._kind(call), Mapped)
 
     def hold(self, call):
         """Let the next round know that this result is to be purged in the end."""
@@ -1519,12 +1520,13 @@ class _Here:
 
     def ending(self, call):
         """Whether a task run was loaded, has failed, is unfinished, or none of these."""
-        state = call.value
-        if not state.is_finished():
+        kind = self._kind(call)
+        if not issubclass(kind, Finished):
             return "unfinished"
-        if state.is_failed():
+        if issubclass(kind, Failed):
             return "failed"
-        return "loaded" if state.is_cached() or getattr(state, _LOADED, False) else "run"
+        is_loaded = issubclass(kind, Cached) or getattr(call.value, _LOADED, False)
+        return "loaded" if is_loaded else "run"
 
     def has_result(self, call):
         """Whether a task run has a result that can be purged."""
@@ -1655,22 +1657,20 @@ class _OnCluster(_InPool):
             return True
         return issubclass(kind, Finished) and not issubclass(kind, Cached)
 
-    def is_mapped(self, call):
-        return super().is_mapped(call) or getattr(call.value, "type", None) is Mapped
+    def _kind(self, call):
+        if isinstance(call.value, State):
+            return super()._kind(call)
+        return call.value.type or State
 
     def ending(self, call):
-        if isinstance(call.value, State):
-            return super().ending(call)
-        kind = call.value.type or State
-        if not issubclass(kind, Finished):
-            return "unfinished"
+        ending = super().ending(call)
         # What was loaded only the workers know.
-        return "failed" if issubclass(kind, Failed) else "run"
+        return "run" if ending == "loaded" else ending
 
     def has_result(self, call):
         if isinstance(call.value, State):
             return super().has_result(call)
-        return call.done and call.value.type is Success
+        return call.done and self._kind(call) is Success
 
     def hold(self, call):
         pass  # `resolve` does it: the state is not here yet.
@@ -1679,7 +1679,7 @@ class _OnCluster(_InPool):
         call.value = self._fetched.get(call.number, call.value)
         if isinstance(call.value, State):
             super().purge(call)
-        elif call.value.type is Success:
+        elif self.has_result(call):
             call.value = Success("Purged when its last reader had finished.", result=PurgedResult)
 
     def resolve(self, futures):
