@@ -103,6 +103,15 @@ EXECUTORS = {
 
 on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
 
+takes_posix = pytest.mark.skipif(os.name == "nt", reason="takes fork, setuid or SIGKILL")
+from_0_11 = pytest.mark.skipif(
+    not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
+)
+from_0_12 = pytest.mark.skipif(
+    not prefect_ds._FLOW_RUNNER_MAPS,
+    reason="Below Prefect 0.12 locations and targets are not callable.",
+)
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
@@ -388,12 +397,10 @@ def test_prefect_settings_switch_it_on(empty_folder):
         state = flow.run()
         print(state.result[first]._result, state.result[second].result)
     """
-    environment = dict(
-        os.environ,
+    environment = for_processes(
         PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS="prefect_ds.DSFlowRunner",
         PREFECT__ENGINE__TASK_RUNNER__DEFAULT_CLASS="prefect_ds.DSTaskRunner",
         PREFECT__LOGGING__LEVEL="ERROR",
-        PYTHONPATH=os.path.dirname(os.path.abspath(prefect_ds.__file__)),
     )
     out = subprocess.check_output(
         [sys.executable, "-c", textwrap.dedent(script)], env=environment, timeout=120
@@ -738,20 +745,24 @@ def test_a_full_disk_fails_the_task_and_leaves_the_earlier_file(empty_folder):
         subprocess.check_call(["umount", str(small)])
 
 
+def for_processes(**variables):
+    """The environment of processes that import this file or prefect_ds."""
+    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **variables)
+
+
 def in_another_process(call, **environment):
     """What a function of this file prints in a process of its own, in this folder."""
-    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **environment)
     code = "from test_prefect_ds import *; " + call
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, timeout=300,
+        [sys.executable, "-c", code], env=for_processes(**environment), timeout=300,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="takes SIGKILL and fork")
+@takes_posix
 def test_a_killed_writer_leaves_a_whole_file_or_none():
     seed = random.randrange(10**6)
     kills = int(os.environ.get("PREFECT_DS_KILLS", 40))
@@ -841,7 +852,7 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_earlier_one(monkeypatch):
     assert files() == ["data.parquet"] and len(parts()) == 6
 
 
-@pytest.mark.skipif(os.name == "nt", reason="takes SIGKILL and fork")
+@takes_posix
 def test_a_killed_writer_leaves_a_whole_folder_or_none():
     pytest.importorskip("pyarrow.parquet")
     seed = random.randrange(10**6)
@@ -878,11 +889,9 @@ def kill_writers_of_a_folder(seed):
 
 
 def test_of_two_processes_that_write_one_path_one_wins_whole():
-    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(folders))
     code = "from test_prefect_ds import *; write_for_long({!r})"
     writers = [
-        subprocess.Popen([sys.executable, "-c", code.format(name)], env=environment)
+        subprocess.Popen([sys.executable, "-c", code.format(name)], env=for_processes())
         for name in ("one", "other")
     ]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
@@ -1056,7 +1065,7 @@ def test_an_object_on_s3_that_cannot_be_read_is_kept_beside_the_new_one(s3, log)
     assert new == "bucket/in/1.csv" and filesystem.cat(kept) == b'"'
 
 
-@pytest.mark.skipif(not prefect_ds._HAS_LOCATIONS, reason="There are no results below 0.11.")
+@from_0_11
 def test_an_object_on_s3_is_a_result_of_prefects(s3):
     ((_, storage),) = on_s3(s3).items()
     path = "s3://bucket/in/{id}.csv"
@@ -1360,7 +1369,7 @@ def test_a_pickle_that_holds_no_frame_is_not_a_result(log):
     assert "data.pkl holds a str" in log(logging.WARNING)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="takes fork")
+@takes_posix
 def test_a_damaged_file_neither_fails_the_flow_nor_gets_lost():
     seed = int(os.environ.get("PREFECT_DS_SEED", 0))  # the same damage each time, or another
     *_, loaded, recomputed, crashed = in_another_process(f"damage_each_file_type({seed})")
@@ -1424,7 +1433,7 @@ def run_on_a_damaged_file(file_type, how, dice):
     return len(ran)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="takes setuid")
+@takes_posix
 def test_without_permission_nothing_is_lost():
     with tempfile.TemporaryDirectory() as reachable:
         os.chmod(reachable, 0o755)
@@ -1502,15 +1511,6 @@ def run_two_children():
 
 
 # As a Result of Prefect's own ---------------------------------------------------------------
-
-HAS_CALLABLES = prefect_ds._HAS_LOCATIONS and prefect_ds._FLOW_RUNNER_MAPS
-
-from_0_11 = pytest.mark.skipif(
-    not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
-)
-from_0_12 = pytest.mark.skipif(
-    not HAS_CALLABLES, reason="Below Prefect 0.12 locations and targets are not callable."
-)
 
 
 def month_file(**fields):
@@ -2216,8 +2216,6 @@ def test_shows_a_bar_on_a_terminal(is_terminal, impatient, monkeypatch):
 
 # Faults, and flows that run long ------------------------------------------------------------
 
-_takes_fork = pytest.mark.skipif(os.name == "nt", reason="takes SIGKILL and fork")
-
 
 def note(line, file="noted"):
     """Add a line to a file: whole, whatever other threads and processes add."""
@@ -2288,7 +2286,7 @@ def fork(call):
     return process
 
 
-@_takes_fork
+@takes_posix
 def test_a_flow_that_was_killed_goes_on_where_it_was():
     seed = random.randrange(10**6)
     kills = in_another_process(f"kill_flows({seed})")[-1]
@@ -2325,8 +2323,6 @@ def kill_flows(seed):
 @contextmanager
 def cluster_of_processes(**environment):
     """The address of a scheduler with two workers, each a process started as from a shell."""
-    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **environment)
     common = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", "noted-cluster.json"]
     processes = []
 
@@ -2334,7 +2330,9 @@ def cluster_of_processes(**environment):
         command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *common, *options]
         with open(f"noted-{name}.log", "ab") as output:
             processes.append(
-                subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+                subprocess.Popen(
+                    command, env=for_processes(**environment), stdout=output, stderr=output
+                )
             )
 
     from distributed import Client
@@ -2369,7 +2367,7 @@ def die_once(victim):
     return die
 
 
-@_takes_fork
+@takes_posix
 @pytest.mark.parametrize("allowed_failures", [0, 3])
 def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, impatient):
     seed = random.randrange(10**6)
@@ -2415,7 +2413,7 @@ def test_a_hundred_runs_at_once_in_threads(log):
     assert log(logging.WARNING) == log(logging.ERROR) == ""
 
 
-@_takes_fork
+@takes_posix
 def test_a_hundred_runs_at_once_in_processes():
     in_another_process("run_at_once()")
 
