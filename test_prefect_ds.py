@@ -1802,6 +1802,9 @@ class Part:
         alive.add(self)
         peak[:] = [max([len(alive), *peak])]
 
+    def __reduce__(self):
+        return Part, ()  # so that it is counted in another process, too
+
 
 def new_part(part=None):
     assert part is None or isinstance(part, Part)
@@ -1827,6 +1830,15 @@ def both(one, other):
 def count(part):
     assert isinstance(part, Part)
     return 1
+
+
+def parts_alive():
+    return len(alive)
+
+
+@task
+def here_alive(part):
+    return parts_alive()
 
 
 @task
@@ -1891,6 +1903,16 @@ def test_a_map_needs_two_frames_for_each_worker(executor, counted):
     assert state.result[flow.total].result == 30
     if PURGES_ON_DASK:
         assert peak[0] <= 2 * 2 + 2
+
+
+@pytest.mark.skipif(not PURGES_ON_DASK, reason="Here processes keep their results.")
+def test_a_map_in_processes_needs_two_frames_for_each_worker(counted):
+    with Flow("processes") as flow:
+        here = here_alive.map(step.map(load.map(numbers(20))))
+    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
+    children = run(flow, executor=executor).result[here].map_states
+    assert [child.result for child in children] == [1] * 20, "on the workers"
+    assert 0 < peak[0] <= 2 * 2 + 2 and not alive
 
 
 def test_two_maps_that_meet_need_three_frames(counted):
