@@ -1,5 +1,6 @@
 """The facts about prefect_ds, on the Prefect and pandas installed: `pytest test_prefect_ds.py`."""
 
+import concurrent.futures
 import copy
 import datetime
 import functools
@@ -2777,6 +2778,8 @@ _TRIGGERS = [
 ]
 
 _KINDS = ["task", "filter", "ifelse", "switch", "merge", "secret", "end"]
+if "mapped" in inspect.signature(control_flow.merge).parameters:
+    _KINDS += ["mapped ifelse", "mapped switch", "mapped merge"]
 _KINDS += ["case"] if hasattr(control_flow, "case") else []
 _KINDS += [name for name in ("resource_manager", "apply_map") if hasattr(prefect, name)]
 _HOWS = ["data", "mapped", "waits", "mapped waits"]
@@ -2812,8 +2815,9 @@ _GIVEN = {
 }
 
 
-def _plans(pausing):
+def _plans(pausing, caching):
     """Plans; those with tasks that pause do not run by `flow.run`, which would ask the user."""
+    all_options = [o for o in _OPTIONS if caching or "cache_for" not in o]
     reads = st.builds(
         _Read,
         back=st.one_of(st.integers(0, 4), st.integers(0, 1), st.none()),
@@ -2822,7 +2826,7 @@ def _plans(pausing):
     )
     scripts = st.sampled_from(_SCRIPTS[:6] * 4 + _SCRIPTS + [("PAUSE", "number")] * pausing)
     all_triggers = _TRIGGERS + [triggers.manual_only] * pausing
-    options = st.sampled_from(_OPTIONS + [{"trigger": trigger} for trigger in all_triggers])
+    options = st.sampled_from(all_options + [{"trigger": trigger} for trigger in all_triggers])
     steps = st.builds(
         _Step,
         kind=st.sampled_from(["task"] * 3 * len(_KINDS) + _KINDS),
@@ -2841,9 +2845,16 @@ def _plans(pausing):
     )
 
 
-#: How often each task, or child, has been run; and what the state handlers have seen.
-_calls = Counter()
-_transitions = Counter()
+def _file_of_notes(name):
+    """Where all processes note what they do; the context goes with the task runs."""
+    return os.path.join(prefect.context.folder_of_notes, name)
+
+
+def _note_call(*key):
+    """Note that a task, or a child, is run; return how often it was before."""
+    before = noted(_file_of_notes("calls")).count(repr(key))
+    note(key, _file_of_notes("calls"))
+    return before
 
 
 class _Play(Task):
@@ -2854,8 +2865,7 @@ class _Play(Task):
     def run(self, x=None, y=None):
         index = prefect.context.get("map_index")
         script = self.scripts[(index or 0) % len(self.scripts)]
-        does = script[min(_calls[self.name, index], len(script) - 1)]
-        _calls[self.name, index] += 1
+        does = script[min(_note_call(self.name, index), len(script) - 1)]
         number = zlib.crc32(repr((self.name, index, x, y)).encode())
         if does == "raise":
             raise ValueError(number)
@@ -2876,7 +2886,7 @@ class _Resource(namedtuple("_Resource", "x")):
         return [self.x]
 
     def cleanup(self, resource):
-        _calls["cleanup", repr(resource)] += 1
+        _note_call("cleanup", resource)
 
 
 class _SteadyFlow(Flow):
@@ -2897,7 +2907,8 @@ class _SteadyFlow(Flow):
 def _note(noted, old_state, new_state):
     name = getattr(noted, "task", noted).name
     index = prefect.context.get("map_index")
-    _transitions[name, index, type(old_state).__name__, type(new_state).__name__] += 1
+    transition = (name, index, type(old_state).__name__, type(new_state).__name__)
+    note(transition, _file_of_notes("transitions"))
     return new_state
 
 
@@ -2928,28 +2939,30 @@ def _source(read, tasks):
 def _add(step, sources, blocks):
     """Add a step to the flow that is being built; the tasks that later steps may read."""
     first = sources[0]
-    if step.kind == "task":
+    kind = step.kind.split()[-1]
+    mapped = {"mapped": True} if kind != step.kind else {}
+    if kind == "task":
         return [_bind(_play(step), step.reads, sources)]
-    if step.kind == "filter":
+    if kind == "filter":
         return [control_flow.FilterTask().bind(task_results=first)]
-    if step.kind in ("ifelse", "switch"):
+    if kind in ("ifelse", "switch"):
         yes, no = (_bind(_play(step), step.reads[1:], sources[1:]) for _ in range(2))
-        if step.kind == "ifelse":
-            control_flow.ifelse(first, yes, no)
+        if kind == "ifelse":
+            control_flow.ifelse(first, yes, no, **mapped)
         else:
-            control_flow.switch(first, {True: yes, False: no})
+            control_flow.switch(first, {True: yes, False: no}, **mapped)
         return [yes, no]
-    if step.kind == "merge":
-        return [control_flow.merge(*sources)]
-    if step.kind == "secret":
+    if kind == "merge":
+        return [control_flow.merge(*sources, **mapped)]
+    if kind == "secret":
         return [EnvVarSecret("HOME").bind(upstream_tasks=[first])]
-    if step.kind == "apply_map":
+    if kind == "apply_map":
         mapped_over = _bind(_play(step), step.reads, sources)
         return [prefect.apply_map(lambda x: _branch(x, step), mapped_over)]
-    if step.kind == "case":
+    if kind == "case":
         blocks.append(control_flow.case(first, True))
         return [blocks[-1].__enter__()]
-    if step.kind == "resource_manager":
+    if kind == "resource_manager":
         blocks.append(prefect.resource_manager(_Resource)(first))
         return [blocks[-1].__enter__()]
     return []
@@ -2983,8 +2996,6 @@ def _branch(x, step):
 
 def _outcomes(plan, flow_runner_cls, executor):
     """What the rounds of a run of the plan come to, as far as two runs must agree."""
-    _calls.clear()
-    _transitions.clear()
     flow, tasks = _build(plan)
     mapped = {edge.downstream_task for edge in flow.edges if edge.mapped}
     given = {
@@ -3005,7 +3016,9 @@ def _outcomes(plan, flow_runner_cls, executor):
     if plan.entry == "flow.run":
         rounds += any("cache_for" in step.options for step in plan.steps)
     outcomes = []
-    with prefect.context(caches={}):
+    with tempfile.TemporaryDirectory() as folder, prefect.context(
+        caches={}, folder_of_notes=folder
+    ):
         for _ in range(rounds):
             try:
                 if plan.entry == "flow.run":
@@ -3045,8 +3058,8 @@ def _outcome(flow, final, owned):
             for task, task_state in final.result.items()
         },
         "given": [repr(s.result) for s in owned],
-        "calls": dict(_calls),
-        "transitions": dict(_transitions),
+        "calls": Counter(noted(_file_of_notes("calls"))),
+        "transitions": Counter(noted(_file_of_notes("transitions"))),
     }
 
 
@@ -3070,6 +3083,26 @@ def cluster_address():
         yield client.scheduler.address
 
 
+@pytest.fixture(scope="module")
+def processes():
+    from dask.multiprocessing import get_context
+
+    with concurrent.futures.ProcessPoolExecutor(2, get_context()) as pool:
+        yield pool
+
+
+class _InOnePool(LocalDaskExecutor):
+    """Runs in processes that are there: to start some for each flow would take seconds."""
+
+    def __init__(self, pool):
+        super().__init__(scheduler="processes")
+        self._pool = pool
+
+    @contextmanager
+    def start(self):
+        yield
+
+
 _flow_runner_maps = pytest.mark.skipif(
     not hasattr(prefect.engine.flow_runner, "run_task"),
     reason="Here Prefect's own mapping is not reliable on this executor.",
@@ -3083,15 +3116,18 @@ _flow_runner_maps = pytest.mark.skipif(
         ("local", 1),
         ("synchronous", 2),
         pytest.param("threads", 3, marks=_flow_runner_maps),
+        pytest.param("processes", 4, marks=_flow_runner_maps),
         pytest.param("cluster", 5, marks=_flow_runner_maps),
     ],
 )
 def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
     address = request.getfixturevalue("cluster_address") if name == "cluster" else None
+    pool = request.getfixturevalue("processes") if name == "processes" else None
     executor = {
         "local": LocalExecutor,
         "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
         "threads": lambda: LocalDaskExecutor(scheduler="threads"),
+        "processes": lambda: _InOnePool(pool),
         "cluster": lambda: DaskExecutor(address=address),
     }[name]
 
@@ -3103,7 +3139,8 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         derandomize="PREFECT_DS_EXAMPLES" not in os.environ,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(plan=_plans(pausing))
+    # What one process puts into Prefect's cache, another one does not see.
+    @given(plan=_plans(pausing, caching=name != "processes"))
     def compare(plan):
         # Elsewhere Prefect leaves out what nobody asks for, and threads share its Mapped states.
         theirs = _outcomes(plan, FlowRunner, LocalExecutor)
