@@ -185,6 +185,14 @@ def noop_chain(count):
     return flow
 
 
+def noop_loop(count, clock=time.perf_counter):
+    """Call what those flows call, as a plain loop; return its seconds."""
+    start = clock()
+    for number in range(count):
+        noop.run(number)
+    return clock() - start
+
+
 # Measurements: each is called in a process of its own -----------------------------------------
 
 
@@ -256,39 +264,44 @@ def sampled(work):
 
 
 def overhead(executor, count, repeats=3):
-    """Milliseconds per child of a map: ours and Prefect's own, in turns, the best of each."""
+    """Milliseconds per child of a map: ours, Prefect's own and a loop's, in turns, the best."""
     flow = noop_map(count)
-    taken = collections.defaultdict(list)
     for runner in RUNNERS:
         run(noop_map(10), runner, executor)
-    for _ in range(repeats):
-        for runner in RUNNERS:
-            taken[runner].append(run(flow, runner, executor) / count * 1000)
-    return [min(taken["ours"]), min(taken["own"])]
+    works = [partial(run, flow, runner, executor) for runner in RUNNERS]
+    works.append(partial(noop_loop, count))
+    rounds = [[work() for work in works] for _ in range(repeats)]
+    return [min(taken) / count * 1000 for taken in zip(*rounds)]
 
 
-def growth(runner, counts, repeats=3):
+def growth(how, counts, repeats):
     """Milliseconds of processor time per child, for each count of children.
 
     All is done in one thread, and its processor time does not depend on what else is running.
     """
-    run(noop_map(100), runner)
-    measure = partial(run, runner=runner, clock=time.process_time)
-    rounds = [[measure(noop_map(count)) for count in counts] for _ in range(repeats)]
+    clock = time.process_time
+
+    def measure(count):
+        if how == "loop":
+            return noop_loop(count, clock)
+        return run(noop_map(count), how, clock=clock)
+
+    measure(100)
+    rounds = [[measure(count) for count in counts] for _ in range(repeats)]
     return [min(taken) / count * 1000 for count, taken in zip(counts, zip(*rounds))]
 
 
 def chain(count):
-    """Seconds of Prefect's sort of the tasks, and then of each runner."""
+    """Seconds of Prefect's sort of the tasks, of each runner, and of a loop."""
     flow = noop_chain(count)
     start = time.perf_counter()
     flow.sorted_tasks()  # which the flow remembers
     sort = time.perf_counter() - start
-    return [sort, run(flow, "ours"), run(flow, "own")]
+    return [sort, run(flow, "ours"), run(flow, "own"), noop_loop(count)]
 
 
-def wide(count):
-    return run(noop_map(count), "ours")
+def wide(how, count):
+    return noop_loop(count) if how == "loop" else run(noop_map(count), how)
 
 
 def checkpointed(how, count, megabytes):
@@ -449,29 +462,33 @@ def rows_memory(sizes):
 
 def rows_overhead(sizes):
     for name in ["LocalExecutor", *DASK_NAMES]:
-        ours, own = fresh(overhead, name, sizes.wide) or (None, None)
+        taken = fresh(overhead, name, sizes.wide) or [None] * 3
         bound = OVERHEAD_BOUND if name == "LocalExecutor" else 1.0
-        yield Row("time per task run, " + name, "ms", ours, own, None, bound, "own")
+        yield Row("time per task run, " + name, "ms", *taken, bound, "own")
 
 
 def rows_growth(sizes):
     counts = [sizes.wide, 3 * sizes.wide, 10 * sizes.wide]
-    ours = fresh(growth, "ours", counts) or [None] * 3
-    own = fresh(growth, "own", counts[:2], 1) or [None] * 2
-    for count, our, its in zip(counts, ours, [*own, None]):
+    repeats = {"ours": 3, "own": 1, "loop": 3}
+    taken = [fresh(growth, how, counts, repeats[how]) or [None] * 3 for how in repeats]
+    narrow = taken[0][0]
+    for count, ours, own, loop in zip(counts, *taken):
         bound = 1.2 if count == counts[-1] else None  # 1, and what timing is uncertain by
-        ratio = our / ours[0] if bound and our else None
+        ratio = ours / narrow if bound and ours else None
         what = f"processor time per child, map of {count:,}"
         what += f" (over that of {counts[0]:,})" if bound else ""
-        yield Row(what, "ms", our, its, None, bound, "self" if bound else None, ratio)
+        yield Row(what, "ms", ours, own, loop, bound, "self" if bound else None, ratio)
 
 
-def rows_large(sizes):
-    sort, ours, own = fresh(chain, sizes.chain) or (float("nan"), None, None)
+def rows_chain(sizes):
+    sort, *taken = fresh(chain, sizes.chain) or [float("nan"), None, None, None]
     what = "chain of {:,} tasks (before it, Prefect's sort of the flow: {:.3g} s)"
-    yield Row(what.format(sizes.chain, sort), "s", ours, own, bound="runs")
-    seconds = fresh(wide, 50 * sizes.wide)
-    yield Row(f"map of {50 * sizes.wide:,} children", "s", seconds, bound="runs")
+    yield Row(what.format(sizes.chain, sort), "s", *taken, bound="runs")
+
+
+def rows_wide(sizes):
+    taken = [fresh(wide, how, 50 * sizes.wide) for how in ("ours", "own", "loop")]
+    yield Row(f"map of {50 * sizes.wide:,} children", "s", *taken, bound="runs")
 
 
 def rows_checkpointed(sizes):
@@ -519,7 +536,8 @@ ROWS = [
     rows_memory,
     rows_overhead,
     rows_growth,
-    rows_large,
+    rows_chain,
+    rows_wide,
     rows_checkpointed,
     rows_store,
 ]
@@ -546,7 +564,7 @@ def verdict(row):
 
 
 def print_row(cells):
-    widths = [86, 9, 9, 9, 16, 16, 9]
+    widths = [86, 9, 9, 11, 16, 16, 9]
     print("| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths)) + " |", flush=True)
 
 
