@@ -147,7 +147,8 @@ class Calls(list):
 
 # What of Prefect the module relies on -------------------------------------------------------
 
-#: name, parameters that must be there, what depends on it
+#: name (of an attribute of an instance behind `()`), parameters that must be there, what depends
+#: on it. Also used, where it is an `Executor` of `concurrent.futures`: `LocalDaskExecutor()._pool`.
 INTERNALS = [
     (
         "prefect.engine.flow_runner.FlowRunner.__init__",
@@ -188,6 +189,8 @@ INTERNALS = [
     ("prefect.engine.result.Result.__init__", "value", "PandasResult, PurgedResult"),
     ("prefect.engine.result.NoResult", None, "PurgedResult"),
     ("prefect.engine.state.State.result", None, "what a purged state shows"),
+    ("prefect.engine.state.Success()._result", None, "what is purged"),
+    ("prefect.engine.state.Success().cached_inputs", None, "_run_call"),
     ("prefect.engine.state.Mapped.__init__", "map_states", "reduce over a map"),
     (
         "prefect.core.Edge.__init__",
@@ -199,9 +202,10 @@ INTERNALS = [
     ("prefect.core.flow.Flow.sorted_tasks", "", "when all readers are submitted"),
     ("prefect.core.flow.Flow.terminal_tasks", "", "what is kept"),
     ("prefect.utilities.collections.merge_dicts", "d1 d2", "_merge_config"),
-    ("prefect.context.config.flows.checkpointing", None, "_run_call"),
+    ("prefect.context.config.flows.checkpointing", None, "_run_without_merging"),
     ("prefect_ds.LocalExecutor.submit", "fn", "_Here"),
     ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
+    ("prefect_ds.LocalDaskExecutor().scheduler", None, "_backend_for, _InPool"),
     ("prefect_ds.DaskExecutor.submit", "fn", "_OnCluster"),
     ("prefect_ds.DaskExecutor.wait", "futures", "_OnCluster"),
     ("prefect_ds.DaskExecutor._prep_dask_kwargs", "", "_submit_to_cluster"),
@@ -259,6 +263,7 @@ def test_touches_only_these_internals(name, parameters, dependent):
     found = importlib.import_module(name.split(".")[0])
     imported = found.__name__
     for part in name.split(".")[1:]:
+        part, call, _ = part.partition("()")
         imported += "." + part
         if not hasattr(found, part):
             try:
@@ -266,9 +271,17 @@ def test_touches_only_these_internals(name, parameters, dependent):
             except ImportError:
                 pytest.fail(complaint + ": it is gone")
         found = getattr(found, part)
+        found = found() if call else found
     if parameters is not None:
         missing = set(parameters.split()) - set(inspect.signature(found).parameters)
         assert not missing, complaint + ": it no longer takes " + ", ".join(sorted(missing))
+
+
+def test_a_dask_executor_that_is_started_has_a_client():
+    executor = dask_executor()
+    with executor.start():
+        client = getattr(executor, "client", None)
+        assert client, f"Prefect {prefect.__version__} changed it; this depends on it: _OnCluster"
 
 
 def test_flow_runner_waits_for_tasks_at_the_end_and_for_edges_before(monkeypatch):
