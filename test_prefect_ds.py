@@ -104,6 +104,27 @@ EXECUTORS = {
 
 on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
 
+
+@pytest.fixture(scope="module")
+def processes():
+    from dask.multiprocessing import get_context
+
+    with concurrent.futures.ProcessPoolExecutor(2, get_context()) as pool:
+        yield pool
+
+
+class InOnePool(LocalDaskExecutor):
+    """Runs in processes that are there: to start some for each flow would take seconds."""
+
+    def __init__(self, pool):
+        super().__init__(scheduler="processes")
+        self._pool = pool
+
+    @contextmanager
+    def start(self):
+        yield
+
+
 takes_posix = pytest.mark.skipif(os.name == "nt", reason="takes fork, setuid or SIGKILL")
 from_0_11 = pytest.mark.skipif(
     not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
@@ -1522,6 +1543,17 @@ def run_two_children():
         calls.make(**stored("data_{id}.csv")).map([1, 2])
     assert run(flow).is_successful()
     print(calls)
+
+
+@pytest.mark.skipif(not PURGES_ON_DASK, reason="Here Prefect itself runs the processes.")
+def test_processes_of_an_executor_write_and_find_the_files(processes, empty_folder):
+    with Flow("processes") as flow:
+        result = Calls().make(**stored(str(empty_folder / "data_{id}.csv"))).map([1, 2])
+    for message in ("Task run succeeded.", "Loaded from "):
+        children = run(flow, executor=InOnePool(processes)).result[result].map_states
+        assert [child.message.startswith(message) for child in children] == [True, True]
+        assert [int(child.result.id[0]) for child in children] == [1, 2]
+        assert files() == ["data_1.csv", "data_2.csv"]
 
 
 # As a Result of Prefect's own ---------------------------------------------------------------
@@ -3096,26 +3128,6 @@ def cluster_address():
         yield client.scheduler.address
 
 
-@pytest.fixture(scope="module")
-def processes():
-    from dask.multiprocessing import get_context
-
-    with concurrent.futures.ProcessPoolExecutor(2, get_context()) as pool:
-        yield pool
-
-
-class _InOnePool(LocalDaskExecutor):
-    """Runs in processes that are there: to start some for each flow would take seconds."""
-
-    def __init__(self, pool):
-        super().__init__(scheduler="processes")
-        self._pool = pool
-
-    @contextmanager
-    def start(self):
-        yield
-
-
 _flow_runner_maps = pytest.mark.skipif(
     not hasattr(prefect.engine.flow_runner, "run_task"),
     reason="Here Prefect's own mapping is not reliable on this executor.",
@@ -3140,7 +3152,7 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         "local": LocalExecutor,
         "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
         "threads": lambda: LocalDaskExecutor(scheduler="threads"),
-        "processes": lambda: _InOnePool(pool),
+        "processes": lambda: InOnePool(pool),
         "cluster": lambda: DaskExecutor(address=address),
     }[name]
 
