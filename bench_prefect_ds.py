@@ -274,18 +274,17 @@ def overhead(executor, count, repeats=3):
     return [min(taken) / count * 1000 for taken in zip(*rounds)]
 
 
+def wide(how, count, clock=time.perf_counter):
+    """Seconds of a map, or of a loop."""
+    return noop_loop(count, clock) if how == "loop" else run(noop_map(count), how, clock=clock)
+
+
 def growth(how, counts, repeats):
     """Milliseconds of processor time per child, for each count of children.
 
     All is done in one thread, and its processor time does not depend on what else is running.
     """
-    clock = time.process_time
-
-    def measure(count):
-        if how == "loop":
-            return noop_loop(count, clock)
-        return run(noop_map(count), how, clock=clock)
-
+    measure = partial(wide, how, clock=time.process_time)
     measure(100)
     rounds = [[measure(count) for count in counts] for _ in range(repeats)]
     return [min(taken) / count * 1000 for count, taken in zip(counts, zip(*rounds))]
@@ -298,10 +297,6 @@ def chain(count):
     flow.sorted_tasks()  # which the flow remembers
     sort = time.perf_counter() - start
     return [sort, run(flow, "ours"), run(flow, "own"), noop_loop(count)]
-
-
-def wide(how, count):
-    return noop_loop(count) if how == "loop" else run(noop_map(count), how)
 
 
 def checkpointed(how, count, megabytes):

@@ -126,6 +126,9 @@ class InOnePool(LocalDaskExecutor):
 
 
 takes_posix = pytest.mark.skipif(os.name == "nt", reason="takes fork, setuid or SIGKILL")
+purges_on_dask = pytest.mark.skipif(
+    not PURGES_ON_DASK, reason="Below Prefect 0.12 Dask's executors run as without prefect_ds."
+)
 from_0_11 = pytest.mark.skipif(
     not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
 )
@@ -718,9 +721,9 @@ def test_says_that_an_index_is_not_kept_that_is_numbered_only_at_first(file_type
 
 
 def test_says_nothing_where_all_is_kept(log):
+    pytest.importorskip("pyarrow")
     for frame in (FRAME, pandas.concat([FRAME] * 40, ignore_index=True)):
         for name in ("data.csv", "data.json", "data.parquet"):
-            pytest.importorskip("pyarrow")
             PandasResult(name)._save(frame, name)
     PandasResult("data.pkl")._save(FRAME.set_index("three"), "data.pkl")
     assert log(logging.WARNING) == ""
@@ -1545,7 +1548,7 @@ def run_two_children():
     print(calls)
 
 
-@pytest.mark.skipif(not PURGES_ON_DASK, reason="Here Prefect itself runs the processes.")
+@purges_on_dask
 def test_processes_of_an_executor_write_and_find_the_files(processes, empty_folder):
     with Flow("processes") as flow:
         result = Calls().make(**stored(str(empty_folder / "data_{id}.csv"))).map([1, 2])
@@ -1951,7 +1954,7 @@ def test_a_map_needs_two_frames_for_each_worker(executor, counted):
         assert peak[0] <= 2 * 2 + 2
 
 
-@pytest.mark.skipif(not PURGES_ON_DASK, reason="Here processes keep their results.")
+@purges_on_dask
 def test_a_map_in_processes_needs_two_frames_for_each_worker(counted):
     with Flow("processes") as flow:
         here = here_alive.map(step.map(load.map(numbers(20))))
@@ -2627,19 +2630,14 @@ def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
     assert second == {"look_up": 1, "last": 1}
 
 
-_purges_on_cluster = pytest.mark.skipif(
-    not PURGES_ON_DASK, reason="Here a cluster keeps its results."
-)
-
-
-@_purges_on_cluster
+@purges_on_dask
 def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
     here = [name for process, name in distributed.arrivals if process == str(os.getpid())]
     assert here == ["last", "last"]
     assert {"load", "look_up"} <= {name for _, name in distributed.arrivals}
 
 
-@_purges_on_cluster
+@purges_on_dask
 def test_workers_let_go_of_what_was_purged(distributed):
     assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
 
@@ -2891,14 +2889,15 @@ def _plans(pausing, caching):
 
 
 def _file_of_notes(name):
-    """Where all processes note what they do; the context goes with the task runs."""
+    """Where all processes note what they do: the context goes with the task runs."""
     return os.path.join(prefect.context.folder_of_notes, name)
 
 
 def _note_call(*key):
     """Note that a task, or a child, is run; return how often it was before."""
-    before = noted(_file_of_notes("calls")).count(repr(key))
-    note(key, _file_of_notes("calls"))
+    calls = _file_of_notes("calls")
+    before = noted(calls).count(repr(key))
+    note(key, calls)
     return before
 
 
@@ -3128,21 +3127,15 @@ def cluster_address():
         yield client.scheduler.address
 
 
-_flow_runner_maps = pytest.mark.skipif(
-    not hasattr(prefect.engine.flow_runner, "run_task"),
-    reason="Here Prefect's own mapping is not reliable on this executor.",
-)
-
-
 @pytest.mark.parametrize("pausing", [False, True])
 @pytest.mark.parametrize(
     "name, share",
     [
         ("local", 1),
         ("synchronous", 2),
-        pytest.param("threads", 3, marks=_flow_runner_maps),
-        pytest.param("processes", 4, marks=_flow_runner_maps),
-        pytest.param("cluster", 5, marks=_flow_runner_maps),
+        pytest.param("threads", 3, marks=purges_on_dask),
+        pytest.param("processes", 4, marks=purges_on_dask),
+        pytest.param("cluster", 5, marks=purges_on_dask),
     ],
 )
 def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
