@@ -20,13 +20,18 @@ for a version. The internals of Prefect that this file relies on are listed, and
 
 import concurrent.futures
 import copy
+import ctypes
 import datetime
 import errno
-import fnmatch
-import glob
+import functools
+import hashlib
 import inspect
+import io
 import itertools
 import os
+import pathlib
+import pickle
+import posixpath
 import queue
 import re
 import shutil
@@ -37,21 +42,30 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import uuid
-from collections import ChainMap, Counter
+import weakref
+import zlib
+from collections import ChainMap, Counter, namedtuple
 from contextlib import contextmanager, suppress
+from decimal import Decimal
+from enum import Enum
 from heapq import heappop, heappush
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import cloudpickle
+import numpy
 import pandas
 import prefect
-from prefect.core import Task
+import psutil
+from prefect.core import Edge, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
 from prefect.engine.flow_runner import FlowRunner
 from prefect.engine.result import NoResult, Result
 from prefect.engine.runner import ENDRUN
-from prefect.engine.state import Cached, Failed, Finished, Mapped, State, Success
+from prefect.engine.state import Cached, Failed, Mapped, Pending, State, Success
 from prefect.engine.task_runner import TaskRunner
+from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
 
 try:
@@ -75,6 +89,9 @@ __all__ = [
 
 #: From 0.11 on a task keeps a `Result`, which knows its location; before, a `ResultHandler`.
 _HAS_LOCATIONS = "result_handler" not in inspect.signature(TaskRunner.__init__).parameters
+
+#: The attribute under which flows, tasks, and task runners have their storage.
+_STORAGE = "result" if _HAS_LOCATIONS else "result_handler"
 
 #: Tasks opt out of checkpoints by `checkpoint=False`; not where that is the default (0.9.0).
 _CAN_OPT_OUT = "checkpoint" not in prefect.config.tasks.defaults
@@ -101,18 +118,31 @@ if hasattr(prefect.tasks.core, "resource_manager"):
 
 if "task_name" in inspect.signature(DaskExecutor._prep_dask_kwargs).parameters:  # up to 0.12.0
 
-    def _submit_to_cluster(executor, function, *args, extra_context):
+    def _submit_to_cluster(executor, function, *args, extra_context, priority):
         """Not by `DaskExecutor.submit`: it asks the cluster to keep what it submits."""
         extra_context = extra_context or {}
         kwargs = executor._prep_dask_kwargs(
             extra_context.get("task_full_name", ""), extra_context.get("task_tags", [])
         )
-        return executor.client.submit(function, *args, **kwargs)
+        return executor.client.submit(function, *args, priority=priority, **kwargs)
 
 else:
 
-    def _submit_to_cluster(executor, function, *args, extra_context):
-        return executor.submit(function, *args, extra_context=extra_context)
+    def _submit_to_cluster(executor, function, *args, extra_context, priority):
+        return executor.submit(function, *args, extra_context=extra_context, priority=priority)
+
+
+if sys.version_info >= (3, 13):
+
+    def _set_local(frame, name, value):
+        """Change a local variable of a call that is over."""
+        frame.f_locals[name] = value
+
+else:
+
+    def _set_local(frame, name, value):
+        frame.f_locals[name] = value
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
 
 
 if _HAS_LOCATIONS:
@@ -139,21 +169,23 @@ if _HAS_LOCATIONS:
             return new
 
         def write(self, value_, **kwargs):
+            task_run = _TaskRun.current()
+            if task_run is not None and task_run.puts_off(self):
+                return self.from_value(value_)
             new = self.format(**kwargs)
             new.value = value_
             self._save(value_, new.location)
             return new
 
-    def _storage_of(task_runner):
-        return task_runner.result
+    _no_storage = Result
 
     def _stored(storage, location, frame):
         result = storage.from_value(frame)
         result.location = location
         return result
 
-    def _is_stored(state):
-        return state._result.location is not None
+    def _location_of(result):
+        return result.location
 
     def _accept_as_result_handler(cls):
         """Below 0.14 `result_handler=` is taken, too, and converted to a result by this table."""
@@ -184,71 +216,44 @@ else:
             self._save(result, location)
             return location
 
-    def _storage_of(task_runner):
-        return task_runner.result_handler
+    def _no_storage():
+        return None
 
     def _stored(storage, location, frame):
         result = Result(frame, result_handler=storage)
         result.safe_value = SafeResult(location, result_handler=storage)
         return result
 
-    def _is_stored(state):
-        return state._result.safe_value != NoResult
+    def _location_of(result):
+        safe = getattr(result, "safe_value", NoResult)
+        return safe.value if safe != NoResult else None
 
     def _accept_as_result_handler(cls):
         """It is one."""
 
 
+# Marks on states ----------------------------------------------------------------------------
+
+#: Which task run it is the state of: the same string in every process.
+_ORIGIN = "_prefect_ds_origin"
+
+#: Which file belongs to the task run, as `_check_claims` compares it.
+_CLAIM = "_prefect_ds_claim"
+
+#: The task was computed again, in the flow run that started at this time.
+_RECOMPUTED = "_prefect_ds_recomputed"
+
+#: All tasks downstream are to be computed again, too.
+_SPREADS = "_prefect_ds_recompute_spreads"
+
+#: The result was loaded by `checkpoint_handler`.
+_LOADED = "_prefect_ds_loaded"
+
+#: The result was kept for a reader that has not finished, for the next round.
+_HELD = "_prefect_ds_held"
+
+
 # Where a frame is stored: the template in the path ------------------------------------------
-
-
-class _Arguments:
-    """What the template in the path may use of one task run: its arguments.
-
-    It lives in `prefect.context` while the task runs, so Prefect ends its life, in any thread
-    and in any process. It stays behind when a context is pickled: the arguments of one task are
-    of no use to another, and may be large.
-    """
-
-    KEY = "prefect_ds_arguments"
-
-    def __init__(self, task=None, inputs=None, edges=(), storage=None):
-        self.task = task
-        self.storage = storage
-        self.inputs = inputs or {}
-        self.distinct = sorted(edge.key for edge in edges if edge.mapped and edge.key)
-        self.task_full_name = prefect.context.get("task_full_name")
-        self.location = None
-
-    def __reduce__(self):
-        return _Arguments, ()
-
-    @classmethod
-    def current(cls):
-        """Those of the task run that is under way, if a `DSTaskRunner` runs it, else None."""
-        arguments = prefect.context.get(cls.KEY)
-        # A flow that a task runs inherits the context of that task.
-        if arguments and arguments.task_full_name == prefect.context.get("task_full_name"):
-            return arguments
-        return None
-
-    def values(self):
-        """The arguments by name, with the defaults of the signature for those not passed."""
-        parameters = inspect.signature(self.task.run).parameters.values() if self.task else ()
-        values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        values.update((key, result.value) for key, result in self.inputs.items())
-        return values
-
-    def check_distinct(self, template):
-        """Raise if the children of a mapped task would all fill the template alike."""
-        distinct = {"map_index", "task_full_name", "task_run_id", *self.distinct}
-        is_known = self.storage is not None or not template.fields
-        if is_known and not distinct.intersection(template.fields):
-            raise ValueError(
-                f"The path {template.path!r} is the same for every child of this mapped task, so "
-                "that they would share one file. These fields would tell them apart: "
-                f"{', '.join(sorted(distinct))}."
-            )
 
 
 class _Template(string.Formatter):
@@ -269,12 +274,13 @@ class _Template(string.Formatter):
             filled = self.vformat(self.path, (), values)
         except Exception as exc:
             reason = f"the field {exc} is missing" if isinstance(exc, KeyError) else exc
-            known = ", ".join(sorted(k for k in map(str, values) if "prefect_ds" not in k))
+            known = ", ".join(sorted(map(str, values)))
             raise ValueError(
                 f"The path {self.path!r} cannot be filled: {reason}. There are the fields: {known}."
             ) from exc
         folder = os.path.dirname(self.head)
-        if self.fields and not _is_inside(folder, filled):
+        is_home = filled.startswith("~") and not folder
+        if self.fields and (is_home or not _is_inside(folder, filled)):
             raise ValueError(
                 f"The path {self.path!r} became {filled!r}, which leads out of the folder "
                 f"{folder or os.curdir!r} that it names. Nothing was read or written. Write that "
@@ -284,6 +290,16 @@ class _Template(string.Formatter):
 
     def get_value(self, key, args, kwargs):
         return kwargs[key]
+
+    def check_distinct(self, mapped):
+        """Raise if it names nothing that tells apart the children of a mapped task."""
+        distinct = {"map_index", "task_full_name", "task_run_id", "task_run_name", *mapped}
+        if not distinct.intersection(self.fields):
+            raise ValueError(
+                f"The path {self.path!r} is the same for every child of this mapped task, so "
+                "that they would share one file. These fields would tell them apart: "
+                f"{', '.join(sorted(distinct))}."
+            )
 
 
 def _is_inside(folder, path):
@@ -295,7 +311,307 @@ def _is_inside(folder, path):
 
 
 def _is_url(path):
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+    """Whether fsspec is to be asked; it joins protocols by "::", as in simplecache::s3://..."""
+    return re.match(r"(?!(file|local)://)[A-Za-z][A-Za-z0-9+.-]+(://|::)", path) is not None
+
+
+def _real_path(path):
+    """The same string for all paths that lead to one file."""
+    if _is_url(path):
+        scheme, _, path = path.partition("://")
+        return f"{scheme.lower()}://{posixpath.normpath(path.lstrip('/'))}"
+    return os.path.normcase(os.path.realpath(_local(path)))
+
+
+# What is known of the task run that is under way --------------------------------------------
+
+
+class _TaskRun:
+    """What the functions of this file need to know of the task run that they are called in.
+
+    It is kept in the thread and not in `prefect.context`, which Prefect pickles for tasks with a
+    `timeout`: the process that runs them would have to import this file, and pandas, within
+    their time.
+    """
+
+    #: `run`: the task run of a `DSTaskRunner`. `plain`: that of another class, which tells
+    #: `checkpoint_handler` less.
+    _in_thread = threading.local()
+
+    def __init__(self, task_runner):
+        self.task_runner: TaskRunner = task_runner
+        #: which task run it is; see `_place`
+        self.place: tuple = _place()
+        #: what the task gets, by argument; None as long as that is not known
+        self.inputs: Optional[Dict[str, Result]] = None
+        #: where `inputs` come from
+        self.upstream_states: Dict[Edge, State] = {}
+        #: where its result is, or will be, stored: filled once, as a task may change its arguments
+        self.location: Optional[str] = None
+        #: that the file at `location` belongs to it
+        self.claim: Optional[_Claim] = None
+        #: whether the file at `location` is there but could not be read
+        self.is_unreadable: bool = False
+        #: whether Prefect has asked for its result to be written, which is put off until it ends
+        self.is_to_be_written: bool = False
+        #: whether the task runs though its file is there
+        self.recomputes: bool = False
+        #: whether all tasks downstream do so, too
+        self.spreads: bool = False
+        #: names of the upstream tasks whose results it would read, but which were purged
+        self.purged_inputs: List[str] = []
+        #: where relative paths begin: the task itself may change that
+        self.folder: str = ""
+        with suppress(FileNotFoundError):  # A folder that is gone matters to relative paths only.
+            self.folder = os.getcwd()
+
+    @classmethod
+    @contextmanager
+    def started_by(cls, task_runner):
+        outer = getattr(cls._in_thread, "run", None)
+        cls._in_thread.run = cls(task_runner)
+        try:
+            yield cls._in_thread.run
+        finally:
+            cls._in_thread.run = outer
+
+    @classmethod
+    def of(cls, task_runner):
+        """The task run that this task runner has under way in this thread."""
+        run = getattr(cls._in_thread, "run", None)
+        if run is None or run.task_runner is not task_runner:
+            run = getattr(cls._in_thread, "plain", None)
+            if run is None or run.task_runner is not task_runner or run.place != _place():
+                run = cls._in_thread.plain = cls(task_runner)
+        return run
+
+    @classmethod
+    def current(cls):
+        """The task run that is under way in this thread, if anything is known of it, or None."""
+        for run in (getattr(cls._in_thread, name, None) for name in ("run", "plain")):
+            # A flow that a task runs is not that task run.
+            if run is not None and run.place == _place():
+                return run
+        return None
+
+    def puts_off(self, storage):
+        """Whether Prefect's wish to write is put off: what a loop has in between is not stored."""
+        if storage is not self.storage or not isinstance(self.task_runner, DSTaskRunner):
+            return False
+        self.is_to_be_written = True
+        return True
+
+    @property
+    def storage(self):
+        return _storage_of(self.task_runner)
+
+    @property
+    def origin(self):
+        """Which task run of the flow this is, in words."""
+        *_, slug, full_name = self.place
+        return f"{slug} {full_name}"
+
+    @property
+    def started(self):
+        """When the flow run has started, in words."""
+        return str(self.place[1])
+
+    def arguments(self):
+        """The arguments by name, with the defaults of the signature for those not passed."""
+        if self.inputs is None:
+            return {}
+        return {**self._defaults(), **{key: result.value for key, result in self.inputs.items()}}
+
+    def _defaults(self):
+        parameters = inspect.signature(self.task_runner.task.run).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def take(self, location):
+        """Take the file for this task run; raise if it belongs to another one."""
+        *_, slug, full_name = self.place
+        task = _describe_task(self.task_runner.task, slug)
+        arguments = self._describe_arguments()
+        claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
+        with _claims_lock:
+            claims = _claims_of_flow_run()
+            origin, earlier = claims.setdefault(claim.file, (self.origin, claim))
+        message = origin != self.origin and _conflict(earlier, claim)
+        if message:
+            raise ValueError(message + " Nothing was read or written.")
+        self.claim = claim
+
+    def _describe_arguments(self):
+        if self.inputs is None:
+            return f"those of {self.origin}"
+        slug = self.place[-2]
+        arguments = {k: _describe(v, f"{k} of {slug}") for k, v in self._defaults().items()}
+        for edge, state in self.upstream_states.items():
+            if edge.key in self.inputs:
+                arguments[edge.key] = self._describe_input(edge, state)
+        return _digest(arguments)
+
+    def _describe_input(self, edge, upstream_state):
+        result = (self.inputs or {})[edge.key]
+        location = _location_of(result)
+        if location is not None:
+            return f"stored {location}"
+        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.place[-2]}")
+        if upstream_state.is_mapped():
+            return origin
+        index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
+        return _describe(result.value, origin + index)
+
+    def mark(self, state):
+        """Put on its final state what others have to know."""
+        marks = {
+            _ORIGIN: self.origin,
+            _CLAIM: self.claim and tuple(self.claim),
+            _SPREADS: self.spreads,
+            _RECOMPUTED: self.recomputes and self.started,
+        }
+        for name, value in marks.items():
+            if value:
+                setattr(state, name, value)
+
+
+def _place():
+    """Which task run of which flow run the context of this thread is that of."""
+    names = ("flow_name", "scheduled_start_time", "task_slug", "task_full_name")
+    return tuple(map(prefect.context.get, names))
+
+
+# Which file belongs to which task run -------------------------------------------------------
+
+#: What Prefect itself keeps of a task; other attributes are part of what it computes.
+_TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
+
+#: Types whose `repr` tells their value.
+_PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
+_PLAIN += (datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo)
+_PLAIN += (pathlib.PurePath, pandas.Period, numpy.generic)
+
+#: Of a larger collection it counts where it comes from.
+_MAX_ITEMS = 1000
+
+#: What has been said of tasks, as they may change their attributes when they run.
+_descriptions: "weakref.WeakKeyDictionary[Task, str]" = weakref.WeakKeyDictionary()
+
+
+#: Functions have no other name that holds for all that refer to one and for no other.
+_tokens: "weakref.WeakKeyDictionary[types.FunctionType, str]" = weakref.WeakKeyDictionary()
+
+
+def _describe_task(task, slug):
+    """The same string for tasks that do the same."""
+    if task not in _descriptions:
+        parts = {"": f"{task.name} {type(task).__module__}.{type(task).__qualname__}"}
+        for name, value in vars(task).items():
+            if name not in _TASK_ATTRIBUTES:
+                is_function = isinstance(value, types.FunctionType)
+                token = is_function and _tokens.setdefault(value, uuid.uuid4().hex)
+                parts[name] = _describe(value, token or f"{name} of {slug}")
+        _descriptions[task] = _digest(parts)
+    return _descriptions[task]
+
+
+def _digest(descriptions):
+    content = repr(sorted(descriptions.items())).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _describe(value, origin):
+    """The same string for equal values of one type, in any process; or else their origin."""
+    items = 0
+
+    def describe(value):
+        nonlocal items
+        items += 1
+        kind = type(value)
+        if isinstance(value, _PLAIN):
+            return f"{kind.__qualname__} {value!r}"
+        if isinstance(value, types.FunctionType):
+            code = value.__code__
+            closure = [cell.cell_contents for cell in value.__closure__ or ()]
+            value = [code.co_filename, code.co_firstlineno, value.__qualname__, closure]
+        elif kind in (set, frozenset):
+            value = sorted(map(describe, value))
+        elif kind is dict:
+            value = sorted((describe(key), describe(item)) for key, item in value.items())
+        elif kind not in (list, tuple):
+            raise TypeError
+        if items + len(value) > _MAX_ITEMS:
+            raise OverflowError
+        return f"{kind.__qualname__} [{', '.join(map(describe, value))}]"
+
+    try:
+        return describe(value)
+    except Exception:
+        return f"that of {origin}"
+
+
+class _Claim(NamedTuple):
+    """That a file belongs to a task run. On states it is a plain tuple, also in a pickle."""
+
+    file: str  # its `_real_path`
+    name: str  # of the task run
+    slug: str  # of the task in its flow
+    task: str  # the same for tasks that do the same
+    arguments: str  # the same for equal ones
+
+
+#: For each flow run that is under way in this process, by file: the origin of a task run and its
+#: claim.
+_claims: Dict[tuple, Dict[str, Tuple[str, _Claim]]] = {}
+
+_claims_lock = threading.Lock()
+
+
+def _claims_of_flow_run():
+    """Those of the flow run that the context is of; they go when it ends."""
+    for name in ("scheduled_start_time", "date"):
+        # All rounds of a flow run share the first, and each round its own second one.
+        moment = prefect.context.get(name)
+        key = id(moment), prefect.context.get("flow_name")
+        if key not in _claims:
+            try:
+                weakref.finalize(moment, _claims.pop, key, None)
+            except TypeError:
+                continue
+        return _claims.setdefault(key, {})
+    return {}
+
+
+def _conflict(earlier, later):
+    """What to say of two claims of one file, unless it is the same task with equal arguments."""
+    is_same_task = earlier.slug == later.slug or earlier.task == later.task
+    if is_same_task and earlier.arguments == later.arguments:
+        return None
+    return (
+        f"The file {earlier.file} belongs to the task run {earlier.name!r} of this flow run. The "
+        f"task run {later.name!r} has the same path, but is not the same task with the same "
+        "arguments. Put into the path what tells them apart: an argument, or {task_name}."
+    )
+
+
+def _check_claims(states):
+    """Look for a file that belongs to two task runs.
+
+    Parameters
+    ----------
+    states : iterable of prefect.engine.state.State
+        All final states of one flow run, those of mapped children included.
+
+    Returns
+    -------
+    str or None
+        What to say, if there is one.
+    """
+    claims: Dict[str, _Claim] = {}
+    for claim in (_Claim(*getattr(state, _CLAIM)) for state in states if hasattr(state, _CLAIM)):
+        message = _conflict(claims.setdefault(claim.file, claim), claim)
+        if message:
+            return message
+    return None
 
 
 # How a frame is stored: what pandas can read and write --------------------------------------
@@ -311,7 +627,22 @@ def _find_file_types():
             target = list(inspect.signature(writer).parameters)[1]
             if re.search("path|buf|fname|writer", target):
                 found[file_type] = (getattr(pandas, name), writer)
+    found["hdf"] = tuple(map(_one_at_a_time, found["hdf"]))
     return found
+
+
+_hdf_lock = threading.RLock()
+
+
+def _one_at_a_time(function):
+    """PyTables may end the process if two threads are in it."""
+
+    @functools.wraps(function)
+    def locked(*args, **kwargs):
+        with _hdf_lock:
+            return function(*args, **kwargs)
+
+    return locked
 
 
 _FILE_TYPES = _find_file_types()
@@ -339,11 +670,16 @@ _EXACT_FLOATS = (
     {} if int(pandas.__version__.split(".")[0]) >= 3 else {"float_precision": "round_trip"}
 )
 
+#: Which file types need to be told the name of the file in a ".zip"; from 1.4 on pandas knows.
+_NAMES_IN_ZIP = (
+    {"csv"} if (1, 0) <= tuple(map(int, pandas.__version__.split(".")[:2])) < (1, 4) else set()
+)
+
 #: What makes a frame come back as it was: keyword arguments of the writer, and of the reader.
 _DEFAULTS: dict = {
     "csv": (
         {"index": False},
-        {"keep_default_na": False, "na_values": [""], **_EXACT_FLOATS},
+        {"keep_default_na": False, "na_values": [""]},
     ),
     "excel": ({"index": False}, {"keep_default_na": False, "na_values": [""]}),
     "hdf": ({"key": "data", "mode": "w"}, {"key": "data"}),
@@ -357,8 +693,33 @@ _DEFAULTS: dict = {
 }
 
 
-#: How much of a frame is written and read back to see what its file type does not keep.
-_SAMPLE_ROWS = 50
+#: What the parser in C of `read_csv` takes besides, and no other: one type for a whole column.
+_C_DEFAULTS = {"low_memory": False, **_EXACT_FLOATS}
+
+
+def _takes_c_defaults(kwargs):
+    """Whether `read_csv` uses its parser in C for these keyword arguments of the user's."""
+    sep = kwargs.get("sep", kwargs.get("delimiter", ","))
+    marks = [sep if sep != r"\s+" else " ", kwargs.get("quotechar", '"')]
+    return (
+        kwargs.get("engine") in (None, "c")
+        and not kwargs.get("skipfooter")
+        and all(mark is not None and len(mark.encode()) == 1 for mark in marks)
+    )
+
+
+#: File types that keep values by the types of their columns; others by each value's text.
+_KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
+
+#: How many rows of a frame are read back to see what its file type does not keep.
+_SAMPLE_ROWS = 100
+
+#: Words that some reader of pandas takes for something else.
+_WORDS = [
+    "", "#N/A", "#N/A_N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "n/a", "NULL", "null", "NaN", "-NaN", "nan", "-nan", "None", "Inf", "inf", "-inf", "Infinity",
+    "-Infinity", "True", "TRUE", "true", "False", "FALSE", "false",
+]  # fmt: skip
 
 
 def _is_numbered(frame):
@@ -366,17 +727,110 @@ def _is_numbered(frame):
 
 
 def _kind_of(frame):
-    """What frames have in common that a file type keeps alike."""
-    return len(frame) > 0, _is_numbered(frame), tuple(zip(frame.columns, map(str, frame.dtypes)))
+    """What frames have in common that a file type which keeps types keeps alike, or None."""
+    kinds = [str(dtype) for dtype in frame.dtypes]
+    for number in _objects(frame):
+        kinds[number] = pandas.api.types.infer_dtype(frame.iloc[:, number], skipna=True)
+        if kinds[number].startswith("mixed"):
+            return None  # Lists are kept in another way than dicts.
+    index = frame.index
+    return (
+        type(frame), type(index), index.dtype, tuple(index.names), _is_numbered(frame),
+        tuple(frame.columns.names), tuple(zip(frame.columns, kinds)), len(frame) > 0,
+    )  # fmt: skip
 
 
-def _sample(frame):
-    """The first and the last rows of a frame, numbered from 0 if those of the frame are."""
+def _objects(frame):
+    """The numbers of the columns whose cells are objects of Python."""
+    return [n for n, dtype in enumerate(frame.dtypes) if pandas.api.types.is_object_dtype(dtype)]
+
+
+def _sample(frame, file_type):
+    """A frame of few rows that loses in a file what `frame` would lose.
+
+    File types keep column by column, so that a row of it need not be a row of `frame`: of each
+    column it has the first and the last cells, and such that a reader takes for something else.
+    """
     if len(frame) <= _SAMPLE_ROWS:
         return frame
-    half = _SAMPLE_ROWS // 2
-    sample = frame.iloc[[*range(half), *range(-half, 0)]]
-    return sample.reset_index(drop=True) if _is_numbered(frame) else sample
+    half = _SAMPLE_ROWS // 10
+    ends = [*range(half), *range(len(frame) - half, len(frame))]
+    rows = [ends] * frame.shape[1]
+    if file_type not in _KEEP_BY_TYPE:
+        rows = [[*ends, *found.values()] for found in _telling_rows(frame, file_type)]
+    length = max(map(len, rows), default=len(ends))
+    if length >= len(frame):
+        return frame
+    fill = ends * (length // len(ends) + 1)
+    cells = {
+        number: frame.iloc[:, number].array.take(chosen + fill[: length - len(chosen)])
+        for number, chosen in enumerate(rows)
+    }
+    index = frame.index.take([*range(length - half), *range(len(frame) - half, len(frame))])
+    sample = pandas.DataFrame(cells, index=range(length) if _is_numbered(frame) else index)
+    sample.columns = frame.columns
+    return sample
+
+
+def _telling_rows(frame, file_type):
+    """For each column the first row of each sort of cells that text may not keep."""
+    found: list = [{} for _ in frame.columns]
+    groups: dict = {}
+    for number, dtype in enumerate(frame.dtypes):
+        is_number = isinstance(dtype, numpy.dtype) and dtype.kind in "iuf"
+        groups.setdefault(str(dtype) if is_number else number, []).append(number)
+    for group, numbers in groups.items():
+        chunk = 2**20 // len(numbers) + 1 if isinstance(group, str) else 2**14
+        for start in range(0, len(frame), chunk):
+            part = frame.iloc[start : start + chunk, numbers]
+            for sort, mask in _sorts(part, file_type, found[numbers[0]]):
+                mask = mask.reshape(len(part), -1)
+                for column in numpy.flatnonzero(mask.any(axis=0)):
+                    if sort not in found[numbers[column]]:
+                        found[numbers[column]][sort] = start + mask[:, column].argmax()
+    return found
+
+
+def _sorts(part, file_type, found):
+    """Names of sorts of cells, and masks of those in a part of a frame that are of this sort.
+
+    The part has one column, or numbers of one type.
+    """
+    yield "missing", part.isna().values
+    column = part.iloc[:, 0]
+    values, kind = part.values, getattr(column.dtype, "kind", "")
+    if not isinstance(column.dtype, numpy.dtype) and not pandas.api.types.is_string_dtype(column):
+        return
+    with numpy.errstate(all="ignore"):
+        long = numpy.zeros(part.shape, bool)
+        if kind in "iuf":
+            long = (values > 1e15) | (values < -1e15)
+        if kind == "f":
+            yield "small", (values != 0) & (abs(values) < 1e-5)
+            yield "fraction", values % 1 != 0
+            long |= values * 1e4 % 1 != 0
+        for turn in range(8 if long.any() else 0):  # Not each of them changes.
+            yield turn, long & (numpy.arange(len(part)) % 8 == turn).reshape(-1, 1)
+    if kind == "M":
+        yield "time", (column != column.dt.normalize()).values
+        yield "fine", (column.dt.microsecond % 1000 + column.dt.nanosecond > 0).values
+        yield "early", (column.dt.year < 1900).values
+    if kind != "O":
+        return
+    if pandas.api.types.infer_dtype(column, skipna=True) != "string":
+        sorts = [(type(v), isinstance(v, int) and abs(v) >= 2**63) for v in column]
+        for sort in {*sorts}:
+            yield sort, numpy.array([other == sort for other in sorts])
+        column = pandas.Series([v if isinstance(v, str) else None for v in column], dtype=object)
+    words = column.isin(_WORDS).values
+    for word in set(column[words]):
+        yield word, column.isin([word]).values
+    if "text" not in found:
+        numbers = pandas.to_numeric(column, errors="coerce").notna().values
+        yield "text", ~(column.isna().values | words | numbers)
+        yield "number", numbers & ~words
+    if file_type in ("excel", "html", "xml") and "space" not in found:
+        yield "space", column.astype(str).str.contains(r"^[\s=]|\s\s|\s$|[^\S ]").values
 
 
 _REMEDIES = (
@@ -386,25 +840,70 @@ _REMEDIES = (
 
 
 def _losses(frame, restored):
-    """Sentences on what differs in a frame that was written and read back."""
-    losses = []
-    if not restored.index.equals(frame.index) and len(frame):
-        losses.append(f"the index comes back as {restored.index[:3]!r}")
-    if list(restored.columns) != list(frame.columns):
-        losses.append(f"the columns come back as {list(restored.columns)}")
+    """What differs in a frame that was written and read back: sentences, each with columns."""
+    losses: dict = {}
+    before, after = frame.index, restored.index
+    names = list(before.names), list(after.names)
+    if names[0] != names[1]:
+        losses[f"the index comes back with the names {names[1]}, not {names[0]}"] = [None]
+    elif len(frame) and not (after.equals(before) and _is_same(after.dtype, before.dtype)):
+        losses[f"the index comes back as {type(after).__name__} ({after.dtype})"] = [None]
+    if not restored.columns.equals(frame.columns):
+        if set(restored.columns) != set(frame.columns) or not frame.columns.is_unique:
+            some = [*restored.columns[:10], *["..."][: len(restored.columns) // 11]]
+            losses[f"the columns come back as {some}"] = [None]
+            return losses
+        losses["the columns come back in another order"] = [None]
+        restored = restored[frame.columns]
+    if list(restored.columns.names) != list(frame.columns.names):
+        losses[f"the names {list(frame.columns.names)} of the columns are lost"] = [None]
+    if len(frame) != len(restored):
+        losses["rows are lost, or come in addition"] = [None]
         return losses
+    restored.index = frame.index
+    dtypes = list(zip(frame.dtypes, restored.dtypes))
+    alike = [number for number, (one, other) in enumerate(dtypes) if _is_same(one, other)]
     for number, name in enumerate(frame.columns):
-        before, after = frame.iloc[:, number], restored.iloc[:, number]
-        before, after = before.reset_index(drop=True), after.reset_index(drop=True)
-        try:
-            pandas.testing.assert_series_equal(before, after)
-        except AssertionError:
-            losses.append(
-                f"column {name!r} ({before.dtype}) comes back as {after.dtype}"
-                if before.dtype != after.dtype
-                else f"values of column {name!r} change"
-            )
+        one, other = dtypes[number]
+        if not _is_same(one, other):
+            losses.setdefault(f"column {{}} ({one}) comes back as {other}", []).append(name)
+    changed = []
+    groups: dict = {}
+    for number in alike:
+        is_plain = isinstance(dtypes[number][0], numpy.dtype) and dtypes[number][0].kind != "O"
+        groups.setdefault(str(dtypes[number][0]) if is_plain else number, []).append(number)
+    for group, numbers in groups.items():
+        one, other = frame.iloc[:, numbers], restored.iloc[:, numbers]
+        if isinstance(group, str):
+            one, other = one.values, other.values
+            equal = ((one == other) | ((one != one) & (other != other))).all(axis=0)
+            changed += [number for number, is_equal in zip(numbers, equal) if not is_equal]
+        elif not _are_equal(one.iloc[:, 0], other.iloc[:, 0]):
+            changed += numbers
+    if changed:
+        losses["values of column {} change"] = [frame.columns[number] for number in sorted(changed)]
     return losses
+
+
+def _is_same(dtype, other):
+    # NumPy's may raise when they are compared with those of pandas.
+    return type(dtype) is type(other) and dtype == other
+
+
+def _are_equal(one, other):
+    """As `Series.equals`; moreover, objects of Python have to be of one type."""
+    if not pandas.api.types.is_object_dtype(one.dtype):
+        return one.equals(other)
+    for before, after, missing, lost in zip(one, other, one.isna(), other.isna()):
+        if missing and lost:
+            continue
+        try:
+            if type(before) is not type(after) or not bool(before == after):
+                return False
+        except ValueError:  # Two arrays have no single answer.
+            if not numpy.array_equal(before, after):
+                return False
+    return True
 
 
 def _check_file_type(file_type, path):
@@ -427,8 +926,14 @@ def _check_file_type(file_type, path):
 # How a file appears: whole or not at all ----------------------------------------------------
 
 
+def _local(path):
+    return os.path.expanduser(re.sub("^(file|local)://", "", path))
+
+
 def _filesystem(path, storage_options):
-    """The file system of fsspec for a URL, and the path in it."""
+    """The file system of fsspec, None for the local one, and the path in it."""
+    if not _is_url(path):
+        return None, _local(path)
     try:
         import fsspec
     except ImportError:
@@ -436,27 +941,45 @@ def _filesystem(path, storage_options):
             f"The path {path!r} is remote, and that takes the package fsspec, with what it needs "
             "for this protocol: pip install fsspec"
         ) from None
-    filesystem = fsspec.filesystem(path.partition("://")[0], **storage_options)
-    return filesystem, filesystem._strip_protocol(path)
+    if hasattr(fsspec.core, "url_to_fs"):
+        filesystem, path = fsspec.core.url_to_fs(path, **storage_options)
+    else:  # fsspec of 2020, which knows no joined protocols
+        filesystem = fsspec.filesystem(path.partition("://")[0], **storage_options)
+        path = filesystem._strip_protocol(path)
+    # It remembers listings; what others have written or deleted since would not be seen.
+    filesystem.invalidate_cache()
+    return filesystem, path
+
+
+def _on_file(filesystem, command, *paths):
+    """Run `get_file` and the like: to `get` a name with `*`, `?` or `[` would be a pattern."""
+    if hasattr(filesystem, command):
+        with suppress(NotImplementedError):
+            getattr(filesystem, command)(*paths)
+            return
+    # Old releases of fsspec have only `get`, or only `rm`, and take names literally.
+    getattr(filesystem, command.partition("_")[0])(*paths)
 
 
 def _exists(path, storage_options):
-    if _is_url(path):
-        filesystem, path = _filesystem(path, storage_options)
-        return filesystem.exists(path) and not filesystem.exists(_mark_of_upload(path))
-    return os.path.exists(os.path.expanduser(path))
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is None:
+        return os.path.exists(path)
+    return filesystem.exists(path) and not filesystem.exists(_mark_of_upload(path))
 
 
 @contextmanager
 def _existing_file(path, storage_options):
     """A local path under which pandas can read what is at `path`."""
-    if not _is_url(path):
-        yield os.path.expanduser(path)
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is None:
+        yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, os.path.basename(path))
-        filesystem, path = _filesystem(path, storage_options)
-        filesystem.get(path, local, recursive=filesystem.isdir(path))
+        for file in _files_there(filesystem, path):
+            os.makedirs(os.path.dirname(local + file[len(path) :]), exist_ok=True)
+            _on_file(filesystem, "get_file", file, local + file[len(path) :])
         yield local
 
 
@@ -464,46 +987,51 @@ def _existing_file(path, storage_options):
 def _new_file(path, storage_options, unreadable=False):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
-    A local file is written beside its place and then renamed, as Luigi's `AtomicLocalFile` does:
+    A local file is written in a hidden folder beside its place, under its own name, which pandas
+    writes into archives, and then renamed, as Luigi's `AtomicLocalFile` does:
     http://luigi.readthedocs.io/en/stable/api/luigi.local_target.html
     """
-    if _is_url(path):
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is not None:
         with tempfile.TemporaryDirectory() as folder:
-            local = os.path.join(folder, os.path.basename(path))
+            local = os.path.join(folder, _as_pandas_knows_it(os.path.basename(path)))
             yield local
-            filesystem, path = _filesystem(path, storage_options)
+            filesystem.invalidate_cache()
             if unreadable and filesystem.exists(path):
-                filesystem.mv(path, _aside(path), recursive=filesystem.isdir(path))
-            mark, is_folder = _mark_of_upload(path), os.path.isdir(local)
-            if is_folder:
-                # Its files arrive one by one: it is not there until all of them are.
-                filesystem.touch(mark)
-                for earlier in filesystem.find(path):
-                    filesystem.rm(earlier)
-            filesystem.put(local, path, recursive=is_folder)
-            if filesystem.exists(mark):
-                filesystem.rm(mark)
+                _set_aside_there(filesystem, path)
+            _upload(filesystem, local, path)
         return
-    path = os.path.expanduser(path)
+    path = os.path.realpath(path)  # A link stays a link to the new file.
     folder, name = os.path.split(path)
-    os.makedirs(folder or os.curdir, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     _remove_leftovers(folder, name)
-    _, dot, extensions = name.partition(".")
-    mark = f"{_mark_of_this_host(name)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    partial = os.path.join(folder, mark + dot + extensions)
+    hidden = os.path.join(folder, f"{_mark_of_this_host(name)}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    os.mkdir(hidden)
+    partial = os.path.join(hidden, _as_pandas_knows_it(name))
     try:
         yield partial
         _flush_to_disk(partial)
         if unreadable and os.path.lexists(path):
-            os.replace(path, _aside(path))
+            aside = _aside(path)
+            os.replace(path, aside)
+            for earlier in _earlier_asides(path, aside, os.listdir(folder)):
+                _remove(os.path.join(folder, earlier))
+        with suppress(FileNotFoundError):
+            shutil.copymode(path, partial)
         _rename(partial, path)
     finally:
-        _remove(partial)
+        _remove(hidden)
+
+
+def _as_pandas_knows_it(name):
+    """Pandas finds no engine for the extension XLSX."""
+    root, extension = os.path.splitext(name)
+    return root + extension.lower() if _EXTENSIONS.get(extension.lower()[1:]) == "excel" else name
 
 
 def _rename(partial, path):
     """Rename a file or folder over the earlier one, if any. Of two writers one wins, whole."""
-    earlier = f"{partial}-earlier"
+    earlier = os.path.join(os.path.dirname(partial), "earlier")
     while True:
         if os.path.isdir(partial) and os.path.isdir(path):
             # A folder cannot replace another one: the earlier one steps aside first.
@@ -519,30 +1047,159 @@ def _rename(partial, path):
                     os.replace(earlier, path)
                 raise
             # Another writer's folder has come in between.
-    _remove(earlier)
+
+
+def _upload(filesystem, local, path):
+    """Make a local file or folder appear, whole, at a remote path."""
+    is_folder = os.path.isdir(local)
+    files = {file: file[len(local) :].replace(os.sep, "/") for file in _files(local)}
+    if _can_rename(filesystem):
+        _upload_and_rename(filesystem, files, path)
+    elif is_folder:
+        _upload_marked(filesystem, files, path)
+    else:  # Stores of objects take an object whole.
+        _on_file(filesystem, "put_file", local, path)
+        if filesystem.exists(_mark_of_upload(path)):
+            _on_file(filesystem, "rm_file", _mark_of_upload(path))
+
+
+def _can_rename(filesystem):
+    """Whether it has a command of its own to rename, as disks have; to others it is a copy."""
+    from fsspec import AbstractFileSystem
+
+    return getattr(filesystem.mv, "__func__", None) is not AbstractFileSystem.mv
+
+
+def _upload_and_rename(filesystem, files, path):
+    """Upload beside the place, and rename. Many do not rename onto what is there."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    hidden = f"{folder}/.{_shortened(name)}~{uuid.uuid4().hex[:8]}"
+    for file, below in files.items():
+        filesystem.makedirs((hidden + below).rpartition("/")[0], exist_ok=True)
+        _on_file(filesystem, "put_file", file, hidden + below)
+    earlier = hidden + "-earlier"
+    try:
+        if filesystem.exists(path):
+            filesystem.mv(path, earlier)
+        filesystem.mv(hidden, path)
+    except BaseException:
+        if filesystem.exists(earlier) and not filesystem.exists(path):
+            filesystem.mv(earlier, path)
+        _remove_there(filesystem, hidden)
+        raise
+    _remove_there(filesystem, earlier)
+
+
+def _upload_marked(filesystem, files, path):
+    """Upload one by one: the folder is not there as long as the mark beside it is.
+
+    Of two writers one wins, whole: that which has written its name into the mark last; and one
+    that finds no mark any more, since another one has finished meanwhile, starts again.
+    """
+    mark, name = _mark_of_upload(path), uuid.uuid4().hex.encode()
+
+    def owner():
+        filesystem.invalidate_cache()
+        with suppress(FileNotFoundError), filesystem.open(mark, "rb") as opened:
+            return opened.read()
+
+    while True:
+        with filesystem.open(mark, "wb") as opened:
+            opened.write(name)
+        earlier = filesystem.find(path)
+        # What was there before the mark was read is of no writer that has marked it later.
+        for file in earlier if owner() == name else ():
+            with suppress(FileNotFoundError):
+                _on_file(filesystem, "rm_file", file)
+        for file, below in files.items():
+            _on_file(filesystem, "put_file", file, path + below)
+            if owner() != name:
+                break
+        else:
+            with suppress(FileNotFoundError):
+                _on_file(filesystem, "rm_file", mark)
+            return
+        if owner() is not None:
+            with suppress(FileNotFoundError):  # The other writer may have removed it.
+                _on_file(filesystem, "rm_file", path + below)
+            return
 
 
 def _mark_of_upload(path):
     """A file beside a remote folder that is there while the folder is not whole."""
     folder, _, name = path.rstrip("/").rpartition("/")
-    return f"{folder}/.{name}~upload"
+    return f"{folder}/.{_shortened(name)}~upload"
+
+
+def _set_aside_there(filesystem, path):
+    aside = _aside(path)
+    if _can_rename(filesystem):
+        filesystem.mv(path, aside)
+    else:
+        for file in _files_there(filesystem, path):
+            _on_file(filesystem, "cp_file", file, aside + file[len(path) :])
+    siblings = {
+        p.rstrip("/").rpartition("/")[2]: p
+        for p in filesystem.ls(os.path.dirname(path), detail=False)
+    }
+    for earlier in _earlier_asides(path, aside, siblings):
+        _remove_there(filesystem, siblings[earlier])
+
+
+def _files_there(filesystem, path):
+    return filesystem.find(path) if filesystem.isdir(path) else [path]
+
+
+def _remove_there(filesystem, path):
+    if not filesystem.exists(path):
+        return
+    folders = list(filesystem.walk(path)) if filesystem.isdir(path) else []
+    for file in _files_there(filesystem, path):
+        _on_file(filesystem, "rm_file", file)
+    for folder, _, _ in reversed(folders):
+        with suppress(Exception):  # Many know no folders.
+            filesystem.rmdir(folder)
 
 
 def _aside(path):
     """Another name for `path`, with another extension, that no later one takes."""
-    return f"{path}.unreadable-{datetime.datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    folder, name = os.path.split(path)
+    time = f"{datetime.datetime.now():%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return os.path.join(folder, f"{_shortened(name)}.unreadable-{time}")
+
+
+def _earlier_asides(path, aside, siblings):
+    """Of the names of siblings those which unreadable files at this path have got before."""
+    start = re.escape(_shortened(os.path.basename(path)))
+    names = [
+        s for s in siblings if re.fullmatch(start + r"\.unreadable-\d{8}T\d{6}-[0-9a-f]{6}", s)
+    ]
+    return [name for name in names if name != os.path.basename(aside)]
+
+
+def _shortened(name):
+    """A name that leaves room for what is added to it: file systems take 255 bytes."""
+    if len(name.encode()) <= 150:
+        return name
+    return f"{name.encode()[:140].decode(errors='ignore')}~{zlib.crc32(name.encode()):08x}"
+
+
+def _files(path):
+    """A file, or all that are in a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sorted(found)
 
 
 def _flush_to_disk(path):
-    files = glob.glob(os.path.join(glob.escape(path), "**"), recursive=True)
-    for file in files if os.path.isdir(path) else [path]:
-        if os.path.isfile(file):
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
+    for file in _files(path):
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
 
 
 def _remove(path):
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         os.remove(path)
@@ -554,13 +1211,13 @@ _searched: dict = {}
 
 def _remove_leftovers(folder, name):
     """Remove what writers of this path left behind when they were killed."""
-    folder = os.path.abspath(folder)
     if time.monotonic() - _searched.get(folder, -60) < 60:
         return
     start = _mark_of_this_host(name)
     siblings = os.listdir(folder)
     for sibling in siblings:
-        if sibling.startswith(start) and not _is_alive(sibling[len(start) :].partition("-")[0]):
+        pid = sibling[len(start) :].partition("-")[0]
+        if sibling.startswith(start) and pid.isdigit() and not psutil.pid_exists(int(pid)):
             _remove(os.path.join(folder, sibling))
     if len(siblings) > 1000:
         # With thousands of files a search before each write would cost more than the writing.
@@ -568,20 +1225,7 @@ def _remove_leftovers(folder, name):
 
 
 def _mark_of_this_host(name):
-    stem, host = name.partition(".")[0], socket.gethostname().partition(".")[0]
-    return f".{stem}~{host}-"
-
-
-def _is_alive(pid):
-    if os.name == "nt":
-        return True  # signal 0 would end the process there
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        pass
-    return True
+    return f".{_shortened(name)}~{socket.gethostname().partition('.')[0]}-"
 
 
 def _check_path(path):
@@ -590,6 +1234,12 @@ def _check_path(path):
         raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
         raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
+    bucket = path.partition("://")[2].partition("/")[0] if _is_url(path) else ""
+    if "{" in bucket.replace("{{", ""):
+        raise ValueError(
+            f"The bucket or host of {path!r} has a field: write it out, so that no value of an "
+            "argument leads to another one."
+        )
     if any(
         name is not None and not name[:1].isidentifier()
         for _, name, _, _ in string.Formatter().parse(path)
@@ -598,14 +1248,10 @@ def _check_path(path):
     return path
 
 
-#: In `prefect.context`: the location whose file was there but could not be read in this task run.
-_UNREADABLE = "prefect_ds_unreadable"
-
-
 def _age(path):
     """How old a local file is, in words, or nothing."""
     try:
-        seconds = time.time() - os.path.getmtime(os.path.expanduser(path))
+        seconds = time.time() - os.path.getmtime(_local(path))
     except OSError:
         return ""
     return f", written {datetime.timedelta(seconds=max(0, int(seconds)))} ago"
@@ -613,6 +1259,13 @@ def _age(path):
 
 def _task_name():
     return prefect.context.get("task_full_name", "")
+
+
+#: What the checks have found: losses by file type, keyword arguments and kind of frame.
+_checked: dict = {}
+
+#: What was said in this process: paths, losses and columns.
+_said: set = set()
 
 
 # The storage of a task ----------------------------------------------------------------------
@@ -666,7 +1319,6 @@ class PandasResult(_Storage):
         self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
-        self._checked_kinds = set()
 
     def __repr__(self):
         return f"<{type(self).__name__}: {self.location or self._formatter}>"
@@ -689,22 +1341,24 @@ class PandasResult(_Storage):
         return dict(options, **(self.read_kwargs.get("storage_options") or {}))
 
     def _locate(self, values):
-        """Fill the template; for the task's own storage, once: a task may change its arguments."""
-        arguments = _Arguments.current() or _Arguments()
-        if arguments.storage is not self:
-            return self._fill(arguments, values)
-        if arguments.location is None:
-            arguments.location = self._fill(arguments, values)
-        return arguments.location
+        """Fill the template; for the task's own storage, once, and take the file for it."""
+        task_run = _TaskRun.current()
+        if task_run is None or task_run.storage is not self:
+            return self._fill(values, task_run)
+        if task_run.location is None:
+            location = self._fill(values, task_run, is_own=True)
+            task_run.take(location)
+            task_run.location = location
+        return task_run.location
 
-    def _fill(self, arguments, values):
-        is_own = arguments.storage is self
+    def _fill(self, values, task_run, is_own=False):
+        arguments = task_run.arguments() if task_run else {}
         # Prefect passes its whole context along: given is what differs from that.
         offered = dict(prefect.context)
         given = {k: v for k, v in values.items() if k not in offered or v is not offered[k]}
         # In Prefect's context None means that there is no such thing.
         context = {k: v for k, v in offered.items() if v is not None}
-        first = (arguments.values(), given) if is_own else (given, arguments.values())
+        first = (arguments, given) if is_own else (given, arguments)
         fields = ChainMap(*first, context.get("parameters", {}), context)
         if callable(self.path):
             # As on Prefect's own results: what there is not, is None.
@@ -712,8 +1366,10 @@ class PandasResult(_Storage):
         if self.path is None:
             raise ValueError("There is no path: give one to PandasResult, or a target to the task.")
         template = _Template(self.path)
-        if "map_index" in context:
-            (arguments if is_own else _Arguments()).check_distinct(template)
+        mapped = [e.key for e in task_run.upstream_states if e.mapped] if task_run else []
+        is_child = mapped if task_run else "map_index" in context
+        if is_child and (is_own or not template.fields):
+            template.check_distinct([key for key in mapped if key and is_own])
         return template.fill(fields)
 
     def _load(self, location):
@@ -731,44 +1387,101 @@ class PandasResult(_Storage):
         return frame[0] if isinstance(frame, list) else frame
 
     def _save(self, frame, location):
+        """Write a frame. Return whether its file is known to give back exactly this frame.
+
+        False means that something does not come back, of which there was a WARNING. True means
+        that the check has found nothing: by the types of columns where a file keeps these, else
+        by the values, of which it sees all in up to 100 rows, and else those that are suspicious.
+        """
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(
                 f"{type(self).__name__} stores a pandas DataFrame, but the task returned "
                 f"{type(frame).__name__}. Nothing was written to {location}."
             )
-        unreadable = prefect.context.get(_UNREADABLE) == location
-        with _new_file(location, self._storage_options, unreadable) as path:
-            writer, kwargs = self._pandas(location, 1, self.write_kwargs)
-            writer(frame, path, **kwargs)
+        task_run = _TaskRun.current()
+        unreadable = task_run and task_run.is_unreadable and task_run.location == location
+        place = self._fixed(location)
+        with _new_file(place, self._storage_options, unreadable) as path:
+            self._write(frame, path, location)
+            losses = self._check(frame, path, location)
         self.logger.info("Task '%s': Wrote %s", _task_name(), location)
-        self._warn_of_losses(frame, location)
+        self._warn_of_losses(losses, location)
+        return not losses
 
-    def _warn_of_losses(self, frame, location):
-        """Say, once per kind of frame, what will not come back as it was."""
-        kind = _kind_of(frame)
-        if kind in self._checked_kinds:
-            return
-        self._checked_kinds.add(kind)
-        sample = _sample(frame)
+    def _fixed(self, location):
+        """Where the location is: a task that changes the working directory does not move it."""
+        task_run = _TaskRun.current()
+        if _is_url(location) or not task_run or task_run.storage is not self:
+            return location
+        return os.path.join(task_run.folder, _local(location))
+
+    def _write(self, frame, path, location):
         writer, kwargs = self._pandas(location, 1, self.write_kwargs)
+        writer(frame, path, **kwargs)
+
+    def _check(self, frame, path, location):
+        """What the file at `path` does not keep of the frame, as `_losses` says it."""
+        file_type = _check_file_type(self._file_type, location)
+        if file_type == "pickle":
+            return {}
+        kind = _kind_of(frame) if file_type in _KEEP_BY_TYPE else None
+        key = (file_type, repr((self.read_kwargs, self.write_kwargs)), kind)
+        if kind and key in _checked:
+            return _checked[key]
+        sample = _sample(frame, file_type)
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, os.path.basename(location))
-                writer(sample, path, **kwargs)
-                losses = _losses(sample, self._read(path, location))
+            try:
+                if sample is frame:
+                    raise EOFError
+                with tempfile.TemporaryDirectory() as folder:
+                    small = os.path.join(folder, os.path.basename(path))
+                    self._write(sample, small, location)
+                    restored = self._read(small, location)
+            except Exception:  # Keyword arguments may ask for more than the sample has.
+                sample, restored = frame, self._read(path, location)
         except Exception as exc:
-            losses = [f"some rows cannot be read back: {type(exc).__name__}: {exc}"]
-        if losses:
+            raise ValueError(
+                f"{location} was not written, since it could not be read back: "
+                f"{type(exc).__name__}: {exc}. Use another file type, such as parquet or pickle, "
+                "or other keyword arguments."
+            ) from exc
+        losses = _losses(sample, restored)
+        if type(restored) is not type(frame):
+            losses[f"a {type(frame).__name__} comes back as {type(restored).__name__}"] = [None]
+        if kind:
+            _checked[key] = losses
+        return losses
+
+    def _warn_of_losses(self, losses, location):
+        """Say, once per process, path and loss, what will not come back as it was."""
+        said = []
+        for sentence, columns in losses.items():
+            keys = [(self._template(location), sentence, column) for column in columns]
+            new = [key[-1] for key in keys if key not in _said]
+            _said.update(keys)
+            if new:
+                more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+                said.append(sentence.replace("{}", ", ".join(map(repr, new[:5])) + more))
+        if said:
             self.logger.warning(
                 "Task '%s': %s does not keep all of the frame: %s. The file types parquet and "
                 "pickle keep more, or try%s.",
-                _task_name(), location, "; ".join(losses), _REMEDIES,
+                _task_name(), location, "; ".join(said), _REMEDIES,
             )  # fmt: skip
+
+    def _template(self, location):
+        path = self.path or location
+        return os.path.abspath(path) if isinstance(path, str) else getattr(path, "__qualname__", "")
 
     def _pandas(self, location, direction, kwargs):
         """The function of pandas for this file, and its keyword arguments."""
         file_type = _check_file_type(self._file_type, location)
         defaults = _DEFAULTS.get(file_type, ({}, {}))[1 - direction]
+        if file_type == "csv" and direction == 0 and _takes_c_defaults(kwargs):
+            defaults = {**defaults, **_C_DEFAULTS}
+        if file_type in _NAMES_IN_ZIP and direction == 1 and location.endswith(".zip"):
+            name = os.path.basename(location)[: -len(".zip")]
+            defaults = {**defaults, "compression": {"method": "zip", "archive_name": name}}
         kwargs = {**defaults, **kwargs}
         kwargs.pop("storage_options", None)
         return _FILE_TYPES[file_type][direction], kwargs
@@ -811,57 +1524,88 @@ def checkpoint_handler(task_runner, old_state, new_state):
     ...     runner_cls=DSFlowRunner, task_runner_state_handlers=[checkpoint_handler]
     ... )  # doctest: +SKIP
     """
-    storage = _storage_of(task_runner)
-    opts_out = _CAN_OPT_OUT and task_runner.task.checkpoint is False
-    if opts_out or not isinstance(storage, PandasResult):
+    if not isinstance(task_runner, TaskRunner):
+        raise TypeError(
+            "checkpoint_handler is a state handler for task runners, not for a task or a flow: "
+            "take it out of their state_handlers, and run the flow with "
+            "flow.run(task_runner_state_handlers=[checkpoint_handler])."
+        )
+    if not _has_checkpoints(task_runner.task, _storage_of(task_runner)):
         return new_state
     try:
         if old_state.is_pending() and new_state.is_running():
-            return _load_checkpoint(storage, new_state)
-        if old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
-            return _write_checkpoint(storage, new_state)
+            result = _load_checkpoint(task_runner)
+            if result is not None:
+                new_state = Success(f"Loaded from {_location_of(result)}", result=result)
+                setattr(new_state, _LOADED, True)
+        elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
+            _write_checkpoint(task_runner, new_state)
     except Exception as exc:
-        if prefect.context.get("raise_on_exception"):
-            raise
-        message = f"Task '{_task_name()}', path {storage.path}: {type(exc).__name__}: {exc}"
-        task_runner.logger.error(message)
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
-        return task_runner.call_runner_target_handlers(new_state, Failed(message, result=exc))
+        return task_runner.call_runner_target_handlers(new_state, _failed(task_runner, exc))
     return new_state
 
 
-def _load_checkpoint(storage, running):
-    location = _checkpoint_location(storage)
-    if prefect.context.get(_RECOMPUTES) or not _exists(location, storage._storage_options):
-        return running
+def _storage_of(task_runner):
+    """Where the result of a task goes; nowhere, if neither it nor the flow says so."""
+    storage, task = getattr(task_runner, _STORAGE), task_runner.task
+    return storage if getattr(task, _STORAGE) else _unless_prefects(task, storage)
+
+
+def _unless_prefects(task, storage):
+    """Storage of a flow is for its author's tasks, not for what Prefect puts in between."""
+    modules = ("prefect.tasks.core.", "prefect.tasks.control_flow.")
+    is_prefects = type(task).__module__.startswith(modules) and not isinstance(task, FunctionTask)
+    return None if is_prefects else storage
+
+
+def _has_checkpoints(task, storage):
+    opts_out = _CAN_OPT_OUT and task.checkpoint is False
+    return isinstance(storage, PandasResult) and not opts_out
+
+
+def _failed(task_runner, exc):
+    if prefect.context.get("raise_on_exception"):
+        raise exc
+    path = _storage_of(task_runner).path
+    message = f"Task '{_task_name()}', path {path}: {type(exc).__name__}: {exc}"
+    task_runner.logger.error(message)
+    return Failed(message, result=exc)
+
+
+def _load_checkpoint(task_runner):
+    """What is stored for this task run, as a result; None if it has to run."""
+    storage, task_run = _storage_of(task_runner), _TaskRun.of(task_runner)
+    location = _checkpoint_location(storage, task_run)
+    if task_run.recomputes or task_run.is_unreadable:
+        return None
+    if not _exists(location, storage._storage_options):
+        return None
     try:
-        frame = storage._load(location)
+        return _stored(storage, location, storage._load(location))
     except Exception as exc:
-        prefect.context[_UNREADABLE] = location
+        task_run.is_unreadable = True
         storage.logger.warning(
             "Task '%s': %s is there, but cannot be read, so the task runs. Its new file will "
             "take this name; the old one is kept beside it, as %s.unreadable-<time>. Reason: "
             "%s: %s",
             _task_name(), location, location, type(exc).__name__, exc,
         )  # fmt: skip
-        return running
-    loaded = Success(f"Loaded from {location}", result=_stored(storage, location, frame))
-    setattr(loaded, _LOADED, True)
-    return loaded
+        return None
 
 
-def _write_checkpoint(storage, success):
-    if not _is_stored(success):
-        location = _checkpoint_location(storage)
+def _write_checkpoint(task_runner, success):
+    if _location_of(success._result) is None:
+        storage = _storage_of(task_runner)
+        location = _checkpoint_location(storage, _TaskRun.of(task_runner))
         frame = success.result
         storage._save(frame, location)
         success.result = _stored(storage, location, frame)
-    return success
 
 
-def _checkpoint_location(storage):
+def _checkpoint_location(storage, task_run):
     has_fields = callable(storage.path) or _Template(storage.path or "").fields
-    if has_fields and not _Arguments.current():
+    if has_fields and task_run.inputs is None:
         raise TypeError(
             f"The path {storage.path!r} is filled from the task's arguments, which only "
             "DSTaskRunner makes available: run the flow with task_runner_cls=DSTaskRunner, or "
@@ -870,28 +1614,25 @@ def _checkpoint_location(storage):
     return storage._locate({})
 
 
-#: In `prefect.context`: which tasks to run though their file is there, set by the user.
+#: In `prefect.context`: which tasks to run though their result is stored, set by the user.
 _RECOMPUTE = "recompute"
-
-#: In `prefect.context`: whether this task run is among them.
-_RECOMPUTES = "prefect_ds_recomputes"
-
-#: In `prefect.context`: the upstream tasks whose results this task run misses.
-_PURGED_INPUTS = "prefect_ds_purged_inputs"
-
-#: In `prefect.context` and on states: whether all tasks downstream are, too.
-_SPREADS = "_prefect_ds_recompute_spreads"
 
 
 def _recompute_patterns():
     patterns = prefect.context.get(_RECOMPUTE) or ()
     if isinstance(patterns, str):
-        patterns = patterns.split(",")
-    return [pattern.strip() for pattern in patterns if pattern.strip()]
+        patterns = map(str.strip, patterns.split(","))
+    return [pattern for pattern in patterns if pattern]
 
 
 def _matches(pattern, task):
-    return fnmatch.fnmatchcase(task.name, pattern.rstrip("+"))
+    name = pattern[:-1] if pattern.endswith("+") else pattern
+    wildcard = ".*".join(map(re.escape, name.split("*")))
+    return pattern == task.name or re.fullmatch(wildcard, task.name, re.DOTALL) is not None
+
+
+def _spreads(pattern, task):
+    return pattern.endswith("+") and pattern != task.name
 
 
 class DSTaskRunner(TaskRunner):
@@ -900,10 +1641,11 @@ class DSTaskRunner(TaskRunner):
     Plain and mapped tasks, constants, and defaults of the signature alike. It also refuses to
     run a task on a result that was purged.
 
-    `recompute` in `prefect.context` makes tasks run though their file is there, for one run:
-    names of tasks, with `*` for any characters, separated by commas. A `+` behind a name means
-    all tasks downstream as well: `flow.run(context={"recompute": "load+"})`, or
-    `PREFECT__CONTEXT__RECOMPUTE="load+"` in the environment; `*` is the whole flow.
+    `recompute` in `prefect.context` makes tasks run though their file is there, or their result
+    is cached, for one run: names of tasks, with `*` for any characters, separated by commas or
+    in a list. A `+` behind a name means all tasks downstream as well, unless a task is named so:
+    `flow.run(context={"recompute": "load+"})`, or `PREFECT__CONTEXT__RECOMPUTE="load+"` in the
+    environment; `*` is the whole flow.
 
     Examples
     --------
@@ -912,8 +1654,27 @@ class DSTaskRunner(TaskRunner):
     ... )  # doctest: +SKIP
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        storage = getattr(self, _STORAGE)
+        if isinstance(storage, PandasResult):
+            # Prefect puts the task's target into it, and other tasks may have the same one.
+            storage = copy.copy(storage) if _storage_of(self) else _no_storage()
+            setattr(self, _STORAGE, storage)
+
+    @functools.wraps(TaskRunner.run)  # Prefect makes loops by an attribute of this function.
+    def run(self, *args, **kwargs):
+        given = kwargs.get("state", args[0] if args else None)
+        with _TaskRun.started_by(self) as task_run:
+            state = super().run(*args, **kwargs)
+        if state is not given:
+            task_run.mark(state)
+        return state
+
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what the upstream states say about this run."""
+        task_run = _TaskRun.of(self)
+        task_run.place = _place()
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
         seen = [
             (edge, upstream_state)
@@ -925,15 +1686,46 @@ class DSTaskRunner(TaskRunner):
             for edge, upstream_state in seen
             if _is_read(edge) and upstream_state._result is PurgedResult
         }
-        prefect.context[_PURGED_INPUTS] = ", ".join(map(repr, sorted(purged)))
+        task_run.purged_inputs = sorted(purged)
         maps = any(edge.mapped for edge in upstream_states)
         if maps and prefect.context.get("map_index") is None and not state.is_mapped():
             self._check_inputs(state)
         matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
-        prefect.context[_SPREADS] = any(p.endswith("+") for p in matching) or any(
+        task_run.spreads = any(_spreads(p, self.task) for p in matching) or any(
             getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
         )
-        prefect.context[_RECOMPUTES] = bool(matching) or prefect.context[_SPREADS]
+        task_run.recomputes = bool(matching) or task_run.spreads
+        return state
+
+    def get_task_inputs(self, state, upstream_states):
+        """As Prefect's; moreover, offer the inputs to the path's template."""
+        inputs = super().get_task_inputs(state, upstream_states=upstream_states)
+        task_run = _TaskRun.of(self)
+        task_run.inputs, task_run.upstream_states = inputs, upstream_states
+        return inputs
+
+    def check_target(self, state, inputs):
+        """As Prefect's, if the task is not recomputed; a `PandasResult` as `checkpoint_handler`."""
+        recomputes = _TaskRun.of(self).recomputes
+        if not self.task.target or not (recomputes or isinstance(self.result, PandasResult)):
+            return super().check_target(state, inputs=inputs)
+        if isinstance(self.result, PandasResult):
+            try:
+                result = _load_checkpoint(self)
+            except Exception as exc:
+                raise ENDRUN(self.handle_state_change(state, _failed(self, exc))) from exc
+            if result is not None:
+                cached = Cached(f"Loaded from {_location_of(result)}", result=result)
+                return self.handle_state_change(state, cached)
+        return self.check_task_is_cached(state, inputs) if recomputes else state
+
+    def check_task_is_cached(self, state, inputs):
+        """As Prefect's, if the task is not recomputed."""
+        task_run = _TaskRun.of(self)
+        if not task_run.recomputes:
+            return super().check_task_is_cached(state, inputs=inputs)
+        if state.is_cached() and getattr(state, _RECOMPUTED, None) != task_run.started:
+            return self.handle_state_change(state, Pending("Its cache is to be recomputed."))
         return state
 
     def set_task_to_running(self, state, inputs):
@@ -942,7 +1734,7 @@ class DSTaskRunner(TaskRunner):
         return super().set_task_to_running(state, inputs=inputs)
 
     def _check_inputs(self, state):
-        purged = prefect.context.get(_PURGED_INPUTS)
+        purged = ", ".join(map(repr, _TaskRun.of(self).purged_inputs))
         if purged and not state.is_finished():
             message = (
                 f"Task '{_task_name()}' needs the result of {purged}, which was purged when its "
@@ -953,21 +1745,20 @@ class DSTaskRunner(TaskRunner):
             raise ENDRUN(self.handle_state_change(state, failed))
 
     def call_runner_target_handlers(self, old_state, new_state):
-        """As Prefect's; moreover, pass on that this task is recomputed, and let go of errors."""
+        """As Prefect's; moreover, write what Prefect wants written, and let go of errors."""
+        task_run = _TaskRun.of(self)
+        if old_state.is_running() and task_run.is_to_be_written:
+            task_run.is_to_be_written = False
+            if new_state.is_successful():
+                try:
+                    _write_checkpoint(self, new_state)
+                except Exception as exc:
+                    new_state = _failed(self, exc)
         new_state = super().call_runner_target_handlers(old_state, new_state)
         if new_state.is_retrying():
-            _forget_frames(old_state.result)
-        if prefect.context.get(_SPREADS):
-            setattr(new_state, _SPREADS, True)
+            inputs = task_run.inputs or {}
+            _let_go_of_data(old_state.result, [result.value for result in inputs.values()])
         return new_state
-
-    def get_task_inputs(self, state, upstream_states):
-        """As Prefect's; moreover, offer the inputs to the path's template."""
-        inputs = super().get_task_inputs(state, upstream_states=upstream_states)
-        prefect.context[_Arguments.KEY] = _Arguments(
-            self.task, inputs, upstream_states, _storage_of(self)
-        )
-        return inputs
 
 
 # Results that nobody needs any more ---------------------------------------------------------
@@ -1008,98 +1799,40 @@ PurgedResult = _PurgedResultType()
 #: A task with this tag keeps its result until the flow has ended.
 _KEEP = "prefect-ds:keep"
 
-#: On a state: its result was loaded by `checkpoint_handler`.
-_LOADED = "_prefect_ds_loaded"
 
-#: On a state: its result was kept for a reader that has not finished, for the next round.
-_HELD = "_prefect_ds_held"
+def _has_result(state):
+    """Whether a state has a result that can be purged."""
+    if not isinstance(state, State) or not state.is_successful():
+        return False
+    return not (state.is_mapped() or state.is_skipped() or state._result is PurgedResult)
+
+
+def _purge(state, given):
+    """Drop a state's result, unless the state is the caller's own: the one that was given."""
+    if _has_result(state) and (state is not given or getattr(state, _HELD, False)):
+        state._result = PurgedResult
+        vars(state).pop(_HELD, None)
 
 
 def _is_read(edge):
-    """Whether the downstream task gets data through this edge."""
-    return edge.key is not None or edge.mapped
+    """Whether the downstream task may look at the result that comes through this edge."""
+    if edge.key is not None or edge.mapped:
+        return True
+    # Prefect's own triggers look at the type of a state only; others may look at its result.
+    return getattr(edge.downstream_task.trigger, "__module__", None) != "prefect.triggers"
+
+
+def _has_read_for_good(outcome):
+    """Whether a task run that came to this will never read its inputs again."""
+    if not isinstance(outcome, State):
+        return True
+    # A later round runs a Cached task again, to see whether its inputs are still the same.
+    return outcome.is_finished() and not outcome.is_cached()
 
 
 def _states_behind(edge, upstream):
     """The states that a task run sees through an edge: those of the children, if it reduces."""
     return upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
-
-
-class _Call:
-    """A call that the flow runner has submitted: a task run, or a small helper of Prefect's."""
-
-    __slots__ = (
-        "number",  # in the order of submission
-        "record",  # of the task that it runs, None for a helper
-        "function",
-        "args",
-        "kwargs",
-        "extra_context",
-        "given",  # the state that a task run starts from
-        "needs",  # the calls that must be done before
-        "cursor",  # all before it in `needs` are started
-        "missing",  # how many of `needs` are not done
-        "dependents",  # pairs of a call that needs this one and the edge between
-        "reads",  # the calls whose results this one reads
-        "readers",  # how many calls that are not done read this one's result
-        "is_held",  # whether a reader has ended unfinished, so that it will read again
-        "started",
-        "done",
-        "value",  # a state, or a future of one
-    )
-
-    def __init__(self, number, record, function, args, kwargs, extra_context):
-        self.number = number
-        self.record = record
-        self.function = function
-        self.args = args
-        self.kwargs = kwargs
-        self.extra_context = extra_context
-        self.given = kwargs.get("state", args[0] if args else None)
-        self.needs = []
-        self.cursor = self.missing = self.readers = 0
-        self.dependents = []
-        self.reads = []
-        self.is_held = self.started = self.done = False
-        self.value = None
-
-    def upstreams(self):
-        """Pairs of an edge (None for a helper) and what the call gets through it."""
-        for argument in itertools.chain(self.args, map(self.kwargs.get, _UPSTREAM_KEYWORDS)):
-            if isinstance(argument, dict):
-                yield from argument.items()
-            elif isinstance(argument, _Call):
-                yield None, argument
-
-    def release(self):
-        """Let go of all that only a call that is not done needs."""
-        self.function = self.args = self.kwargs = self.extra_context = None
-        self.needs, self.dependents = [], []
-        if self.record is not None:
-            self.reads = []
-        if self.given is not self.value:
-            self.given = None
-
-
-#: The arguments of a task run in which calls stand for states.
-_UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
-
-
-class _TaskRecord:
-    """What is known, during one flow run, of a task and the calls that run it."""
-
-    __slots__ = ("keep", "restarts", "calls", "is_passed", "open_edges", "edges_to")
-
-    def __init__(self, flow, task, terminal):
-        self.restarts = isinstance(task, _RESTARTED)
-        self.keep = task in terminal or _KEEP in task.tags or task.cache_for is not None
-        self.edges_to = [edge for edge in flow.edges_to(task) if _is_read(edge)]
-        #: edges through which there may still come readers that are not submitted
-        self.open_edges = sum(map(_is_read, flow.edges_from(task)))
-        #: the run of the task itself, then those of its mapped children
-        self.calls = []
-        #: whether the flow runner has gone on to a later task
-        self.is_passed = False
 
 
 class _Progress:
@@ -1150,50 +1883,209 @@ class _Progress:
             self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
 
 
-class _DepthFirstExecutor:
-    """An executor that puts calls off until `wait`, and then goes deep before it goes wide.
+# When a result may go, and what runs next ---------------------------------------------------
 
-    Whatever a call has made possible comes next; then what the call furthest along still
-    misses; then the oldest. So a partition goes through all its mapped stages before the next
-    one starts, as in Dask's ordering (https://docs.dask.org/en/stable/order.html).
 
-    A result is purged when no call that is submitted or may still be submitted reads it. This is
-    Kedro's count of readers per dataset (`AbstractRunner._release_datasets`), kept while the flow
-    runner still submits.
+class _TaskRecord:
+    """What is known, during one flow run, of a task and the calls that run it."""
+
+    def __init__(self, flow, task):
+        downstream = {edge.downstream_task for edge in flow.edges_from(task)}
+        readers = sum(map(_is_read, flow.edges_from(task)))
+        is_kept = (
+            not readers
+            or task in flow.reference_tasks()
+            or _KEEP in task.tags
+            or task.cache_for is not None
+        )
+        #: by how many edges its results are still to be read
+        self.claims: float = float("inf") if is_kept else readers
+        #: the edges through which it reads
+        self.reads: List[Edge] = [edge for edge in flow.edges_to(task) if _is_read(edge)]
+        #: how many of its calls may still read
+        self.reading: int = 0
+        #: whether Prefect runs it again in every later round
+        self.restarts: bool = isinstance(task, _RESTARTED)
+        #: the run of the task itself, then those of its mapped children
+        self.calls: List[_Call] = []
+        #: keyword arguments that its calls share
+        self.common: dict = {}
+        self.upstream: List[_TaskRecord] = []
+        #: how many tasks, of itself and those downstream, may still get calls
+        self.unknown: int = 1 + len(downstream)
+        #: whether the flow runner waits for its result before it maps another task
+        self.is_awaited: bool = any(e.mapped for t in downstream for e in flow.edges_to(t))
+
+
+class _Call:
+    """A call that the flow runner has submitted: a task run, or a small helper of Prefect's."""
+
+    __slots__ = (
+        "number", "record", "given", "index", "claims", "function", "args", "extra_context",
+        "common", "own", "context", "needs", "size", "missing", "dependents", "is_wanted",
+        "begun", "done", "piece", "value",
+    )  # fmt: skip
+
+    def __init__(self, number, record, given):
+        self.number: int = number  # in the order of submission
+        self.record: Optional[_TaskRecord] = record  # of the task; a helper has none
+        self.given = given  # the state that a task run starts from
+        #: among the children of a mapped task; -1: the run of the task itself
+        self.index: int = len(record.calls) - 1 if record else -1
+        #: by how many edges its result is still to be read
+        self.claims: float = record.claims if record else 0
+
+        self.function = self.args = self.extra_context = None
+        self.common: dict = {}  # keyword arguments that it shares with other calls of its task
+        self.own: dict = {}  # the other ones
+        self.context = None  # what its context does not share with those of all calls
+
+        self.needs: List[_Call] = []  # what it cannot begin without, the first one last
+        self.size = self.missing = 0  # how many these were, and how many still are in its way
+        self.dependents: List[_Call] = []  # what cannot begin without it
+        self.is_wanted = self.begun = self.done = False
+        self.piece: Any = None  # what it is under way with
+        self.value: Any = None  # what it came to: a state, or for a helper whatever that returns
+
+
+#: What a call that is done still needs.
+_NO_CALLS: List[_Call] = []
+
+
+class _Order:
+    """Which call comes next: deep before wide.
+
+    Whatever a call has made possible comes first; then what the call furthest along still misses;
+    then the oldest. So a partition goes through all its mapped stages before the next one starts,
+    as in Dask's ordering (https://docs.dask.org/en/stable/order.html).
     """
 
-    def __init__(self, executor, backend, flow, task_states, logger):
-        self._progress = _Progress(logger)
+    def __init__(self):
+        self._heap = []
+        self._turns = itertools.count()
+
+    def want(self, calls):
+        """Let these calls have their turn, with all that they need."""
+        stack = list(calls)
+        while stack:
+            call = stack.pop()
+            if call.is_wanted or call.begun:
+                continue
+            call.is_wanted = True
+            stack.extend(call.needs)
+            if not call.needs:
+                heappush(self._heap, (1, call.number, call))
+            elif call.missing < call.size:
+                self._push(call)
+
+    def clear(self, call):
+        """Note that this call is no longer in the way of those that need it."""
+        for dependent in reversed(call.dependents):
+            dependent.missing -= 1
+            if dependent.is_wanted:
+                self._push(dependent)
+
+    def _push(self, call):
+        # Of equals, what needs less lets go sooner; then what has begun last.
+        heappush(self._heap, (0, call.missing, call.size, -next(self._turns), call))
+
+    def next(self):
+        """The call that comes next, or None as long as all that could are under way."""
+        while self._heap:
+            is_blocked, rank, *_, call = self._heap[0]
+            if not call.begun and (is_blocked or rank == call.missing):
+                leaf = self._leaf(call)
+                if leaf is not None:
+                    return leaf
+            heappop(self._heap)
+        return None
+
+    def _leaf(self, call):
+        """Straight down to what this call cannot begin without."""
+        while call.missing:
+            while call.needs and call.needs[-1].begun:
+                call.needs.pop()
+            if not call.needs:
+                return None
+            call = call.needs[-1]
+        return call
+
+
+class _Run:
+    """An executor that puts calls off until `wait`, and drops what nobody will read any more.
+
+    A result has as many claims as edges through which it is read. An edge gives its claim back
+    when its reader, for a mapped edge the child of the same index, has read for good. Without
+    claims, the result goes: Kedro's count of readers per dataset (`_release_datasets` of its
+    `AbstractRunner`), for calls that are not all known from the start.
+    """
+
+    def __init__(self, flow, executor, backend, logger):
         self._executor = executor
         self._backend = backend
-        self._task_states = task_states
-        terminal = flow.terminal_tasks()
-        self._records = {task: _TaskRecord(flow, task, terminal) for task in flow.sorted_tasks()}
-        self._not_passed = list(reversed(flow.sorted_tasks()))
-        self._calls = []
-        self._first = 0  # all calls before it, of those that are to be run, are started
-        self._ready = []
-        self._blocked = []  # a heap
-        self._clock = itertools.count()
-        self._current = None
+        self._progress = _Progress(logger)
+        self._order = _Order()
+        self._numbers = itertools.count()
+        self._records = {task: _TaskRecord(flow, task) for task in flow.sorted_tasks()}
+        for edge in flow.edges:
+            upstream = self._records[edge.downstream_task].upstream
+            if self._records[edge.upstream_task] not in upstream:
+                upstream.append(self._records[edge.upstream_task])
+        self._terminal = [self._records[task] for task in flow.terminal_tasks()]
+        self._flow = flow
+        self._to_come = [self._records[task] for task in reversed(flow.sorted_tasks())]
+        self._current = None  # the call that runs in this thread
+        self._free = []  # calls that may run before the flow runner asks for them
+        self._under_way = 0
+        self._context = {}  # what the contexts of all calls have in common
+        #: in the end: that two task runs had one file, in words
+        self.conflict: Optional[str] = None
 
     def __getattr__(self, name):
         return getattr(self._executor, name)
 
     @contextmanager
     def start(self):
-        with self._executor.start(), self._backend.start():
-            yield
+        with self._executor.start(), self._backend.start(self._flow):
+            try:
+                yield
+                self._close()
+            finally:
+                self._progress.close(self._count)
+                calls = [call for record in self._records.values() for call in record.calls]
+                self.conflict = _check_claims(call.value for call in calls)
+                # A call and its record refer to each other.
+                for record in self._records.values():
+                    record.calls.clear()
+                self._free.clear()
+
+    # -- what the flow runner asks for
 
     def submit(self, fn, *args, extra_context=None, **kwargs):
         record = self._record_of(kwargs.get("task"))
-        call = _Call(len(self._calls), record, fn, args, kwargs, extra_context)
-        for edge, upstream in call.upstreams():
-            for needed in self._calls_behind(edge, upstream):
-                self._connect(call, needed, edge)
-        if record is not None:
-            record.calls.append(call)
-        self._calls.append(call)
+        given = kwargs.get("state", args[0] if args else None)
+        if isinstance(given, Mapped) and any(getattr(s, _HELD, False) for s in given.map_states):
+            given.result = None  # What the children hold: the flow runner put it there, too.
+        call = self._new_call(record, given)
+        call.function, call.args, call.extra_context = fn, args, extra_context
+        needed = {}
+        for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
+            for edge, upstream in _through_edges(argument):
+                self._note_given(edge, upstream)
+                needed.update(dict.fromkeys(_calls_in(upstream)))
+        self._connect(call, needed)
+        if "context" in kwargs:
+            self._context = self._context or dict(prefect.context)
+            call.context = _difference(kwargs.pop("context"), self._context)
+        if "task" not in kwargs:
+            call.own = kwargs
+        else:
+            record.common = record.common or {k: kwargs[k] for k in {*kwargs} - _OWN_KEYWORDS}
+            call.own, call.common = _difference(kwargs, record.common), record.common
+        if self._current is not None:
+            self._order.want([call])
+        elif record is not None and record.is_awaited and call.index == -1:
+            self._free.append(call)
         return call
 
     def map(self, fn, *args):
@@ -1202,11 +2094,18 @@ class _DepthFirstExecutor:
     def wait(self, futures):
         if self._current is None:
             if isinstance(futures, dict) and all(isinstance(key, Task) for key in futures):
-                # All tasks are submitted, so all calls will be needed, whatever is waited for.
-                self._pass(None)
-                self._run()
+                # All tasks are submitted: the flow runner is about to end.
+                self._go_on_to(None)
+                asked = self._backend.calls_to_end_with(self._records, futures)
+                self._order.want(asked)
+                self._advance(None)
             else:
-                self._run(self._all_needed_for(futures))
+                asked = [call for call in _calls_in(futures) if not call.done]
+                self._order.want(asked)
+                if self._backend.is_concurrent:
+                    self._order.want(self._free)
+                    self._free = []
+                self._advance(asked)
         # Otherwise a task run waits for the children that it has just submitted (their turn
         # comes later), or for those that it reduces (they are done).
         return self._backend.resolve(futures)
@@ -1216,236 +2115,244 @@ class _DepthFirstExecutor:
     def _record_of(self, task):
         if task is None:
             return self._current.record if self._current else None
-        record = self._records[task]
-        if not record.calls:
-            self._pass(task)
-        return record
+        self._go_on_to(self._records[task])
+        return self._records[task]
 
-    def _calls_behind(self, edge, upstream):
-        if isinstance(upstream, list):
-            return [call for call in upstream if isinstance(call, _Call)]
-        if isinstance(upstream, _Call):
-            return [upstream] + ([] if upstream.record else self._calls_done(edge, upstream))
-        return self._calls_done(edge, upstream)
+    def _go_on_to(self, record):
+        """Note that all calls of the tasks before are known, and which may run for that.
 
-    def _calls_done(self, edge, upstream):
-        """The calls behind a state that the flow runner, or a helper of it, has got already."""
-        record = self._records.get(edge.upstream_task) if edge else None
-        if record is None:
-            return []
-        given = self._task_states.get(edge.upstream_task)
-        if not record.calls and isinstance(given, State):
-            record.calls.append(self._call_done_before(record, given))
-        is_reduced = isinstance(upstream, Mapped) and not edge.mapped
-        return record.calls if is_reduced else record.calls[:1]
+        What is run before its readers are known would be kept for them, and could not travel
+        with them. So a call waits until all that may come of it is known.
+        """
+        while self._to_come and self._to_come[-1] is not record:
+            known = [self._to_come.pop()]
+            while known:
+                passed = known.pop()
+                passed.unknown -= 1
+                if not passed.unknown:
+                    self._free.extend(passed.calls)
+                    known.extend(passed.upstream)
 
-    def _call_done_before(self, record, state):
-        call = _Call(-1, record, None, (), {"state": state}, None)
-        call.started = call.done = True
-        call.value = state
+    def _new_call(self, record, given):
+        call = _Call(next(self._numbers), record, given)
+        if record is not None:
+            record.calls.append(call)
+            record.reading += 1
         return call
 
-    def _connect(self, call, needed, edge):
-        if not needed.done:
-            call.needs.append(needed)
-            call.missing += 1
-            needed.dependents.append((call, edge))
-        if edge is None or _is_read(edge):
-            # What a helper hands on was read from others, who may have to be asked again.
-            for read in [needed] + (needed.reads if needed.record is None else []):
-                call.reads.append(read)
-                read.readers += 1
+    def _note_given(self, edge, upstream):
+        """Stand a call that is done for a state that the flow runner has had from the start."""
+        record = self._records.get(edge.upstream_task) if edge else None
+        if record is not None and not record.calls and isinstance(upstream, State):
+            for state in (upstream, *_children_of(upstream)):
+                call = self._new_call(record, state)
+                call.begun = call.done = True
+                call.value = state
 
-    def _pass(self, task):
-        """Note that all tasks before `task` are submitted, with all their mapped children."""
-        while self._not_passed and self._not_passed[-1] is not task:
-            record = self._records[self._not_passed.pop()]
-            record.is_passed = True
-            self._close_edges_to(record)
+    def _connect(self, call, needed):
+        needed = [other for other in needed if not self._is_out_of_the_way(other)]
+        for other in needed:
+            other.dependents.append(call)
+        call.needs[:0] = reversed(needed)
+        call.missing += len(needed)
+        call.size += len(needed)
 
-    def _close_edges_to(self, record):
-        """If all readers that this task stands for are submitted, purge what nobody reads."""
-        if not record.is_passed or (record.calls and not record.calls[0].done):
-            return
-        if record.calls:
-            self._backend.forget_inputs(record.calls[0])
-        # Prefect maps again in the next round, and then there may be some.
-        has_no_children = len(record.calls) == 1 and self._backend.is_mapped(record.calls[0])
-        for edge in record.edges_to:
-            upstream = self._records[edge.upstream_task]
-            if has_no_children and upstream.calls:
-                self._hold(upstream.calls[0])
-            upstream.open_edges -= 1
-            for call in upstream.calls if not upstream.open_edges else ():
-                self._purge_if_unread(call)
-        record.edges_to = ()
+    def _is_out_of_the_way(self, call):
+        return call.done or (call.begun and self._backend.schedules)
 
-    def _purge_if_unread(self, call):
-        record = call.record
-        if record is None or record.keep or record.open_edges:
-            return
-        if call.done and not (call.readers or call.is_held):
-            self._backend.purge(call)
+    # -- what runs
 
-    # -- what comes next
-
-    def _run(self, wanted=None):
-        """Run these calls, by number (None: all), and what they make possible."""
-        oldest_first = self._calls if wanted is None else [self._calls[n] for n in sorted(wanted)]
-        self._first = 0
-        unwanted: list = []
-        running = 0
-        while True:
-            while running < self._backend.width():
-                call = self._next_ready() or self._next_blocked(wanted, unwanted)
-                call = call or self._next_unstarted(oldest_first)
-                if call is None:
+    def _advance(self, asked):
+        """Run calls until these are done (None: until all that are wanted are)."""
+        while asked is None or asked:
+            while self._backend.has_room(self._under_way):
+                calls = self._next_calls()
+                if not calls:
                     break
-                call.started = True
-                running += 1
-                self._current = call
-                try:
-                    self._backend.begin(call)
-                finally:
-                    self._current = None
-            call = None
-            if not running:
+                self._begin(calls)
+            if not self._under_way:
                 break
-            for done, outcome in self._backend.finished():
-                running -= 1
-                self._finish(done, outcome)
-            done = outcome = None
-        for entry in unwanted:
-            heappush(self._blocked, entry)
+            for piece, outcomes in self._backend.finished():
+                self._under_way -= 1
+                for call, outcome in zip(piece.calls, outcomes):
+                    self._finish(call, outcome)
+            piece = outcomes = calls = call = outcome = None
+            while asked and asked[-1].done:
+                asked.pop()
 
-    def _next_ready(self):
-        """What the call that was done last has made possible."""
-        while self._ready:
-            call = self._ready.pop()
-            if not call.started:
-                return call
-        return None
+    def _next_calls(self):
+        """The next call and those that travel with it, in the order in which they run.
 
-    def _next_blocked(self, wanted, unwanted):
-        """What is still missing for the call that misses least, of those that have begun."""
-        while self._blocked:
-            entry = heappop(self._blocked)
-            rank, call = entry
-            if call.started or call.missing != rank[0]:
-                continue
-            if wanted is not None and call.number not in wanted:
-                unwanted.append(entry)
-                continue
-            leaf = self._leaf(call)
-            if leaf is not None:
-                return leaf
-        return None
+        As Dask fuses tasks (https://docs.dask.org/en/stable/optimize.html): what one of them
+        returns is handed to the next and dropped, and never leaves the place where they run.
+        """
+        call = self._order.next()
+        if call is None or not self._backend.takes_chains:
+            return [call] if call else []
+        return self._of_one_index(call) or self._chain(call)
 
-    def _next_unstarted(self, oldest_first):
-        while self._first < len(oldest_first) and oldest_first[self._first].started:
-            self._first += 1
-        later = map(oldest_first.__getitem__, range(self._first, len(oldest_first)))
-        unstarted = (call for call in later if not call.started)
-        for call in itertools.islice(unstarted, self._look_ahead):
-            leaf = self._leaf(call)
-            if leaf is not None:
-                return leaf
-        return None
+    def _chain(self, call):
+        """This call, and those of which each but feeds the next."""
+        calls = [call]
+        while len(call.dependents) == 1:
+            (dependent,) = call.dependents
+            is_alone = self._needed_with(dependent, {call}, call) == {dependent}
+            if not is_alone or _edges_read(dependent).count(call) != call.claims:
+                break
+            calls.append(dependent)
+            call = dependent
+        return calls
 
-    @property
-    def _look_ahead(self):
-        """How many calls to ask for one that can start, before it is taken that there is none."""
-        return 4 * self._backend.width() + 4
+    def _of_one_index(self, call):
+        """All that is done with one item of maps that part or meet, if they have many items."""
+        if call.index < 0 or len(call.record.calls) <= 2 * self._backend.workers():
+            return None
+        calls, ahead = {call}, [call]
+        while ahead:
+            for dependent in ahead.pop().dependents:
+                new = self._needed_with(dependent, calls, call)
+                calls |= new
+                ahead += new
+        # What is read outside, too, would have to go there with all that is left of the others.
+        inner = Counter(up for c in calls for up in _edges_read(c) if up in calls)
+        if any(number != up.claims for up, number in inner.items()):
+            return None
+        return sorted(calls, key=lambda c: c.number)
 
-    def _leaf(self, call):
-        """A call that can start now and without which `call` cannot."""
-        stack = [call]
+    def _needed_with(self, call, calls, like):
+        """What must join these calls for this one to wait for no other; nothing if it has to.
+
+        All of them are of the same index, and ask for the same resources, as `like`.
+        """
+        needed, stack = set(), [call]
         while stack:
-            call = stack.pop()
-            if call.started:
+            other = stack.pop()
+            if other.done or other in calls or other in needed:
                 continue
-            if not call.missing:
-                return call
-            while call.needs[call.cursor].started and call.cursor < len(call.needs) - 1:
-                call.cursor += 1
-            ahead = call.needs[call.cursor : call.cursor + self._look_ahead]
-            stack.extend(reversed(ahead))
-        return None
-
-    def _all_needed_for(self, futures):
-        stack = list(_calls_in(futures))
-        needed = set()
-        while stack:
-            call = stack.pop()
-            if not call.done and call.number not in needed:
-                needed.add(call.number)
-                stack.extend(call.needs)
+            if (
+                other.begun
+                or not other.is_wanted
+                or other.record is None
+                or other.record.restarts
+                or other.index != like.index
+                or _resources(other) != _resources(like)
+            ):
+                return set()
+            needed.add(other)
+            stack.extend(c for _, upstream in _inputs(other) for c in _calls_in(upstream))
         return needed
 
+    def _begin(self, calls):
+        piece = _Piece(calls)
+        self._under_way += 1
+        for call in calls:
+            call.begun = True
+            call.piece = piece
+        if self._backend.schedules:
+            for call in calls:
+                self._order.clear(call)
+        self._current = calls[0]
+        try:
+            self._backend.begin(piece, self._context)
+        finally:
+            self._current = None
+
     def _finish(self, call, outcome):
-        is_finished = self._backend.take(call, outcome)
-        call.done = True
-        if call.is_held:
-            self._backend.hold(call)
-        children = [c for c in _children_of(call.value) if isinstance(c, _Call)]
-        for dependent, edge in reversed(call.dependents):
-            if children and edge is not None and not edge.mapped:
-                for child in children:
-                    self._connect(dependent, child, edge)
-            dependent.missing -= 1
-            if not dependent.missing:
-                self._ready.append(dependent)
-            else:
-                # Of equals, what needs less lets go sooner; then what has begun last.
-                rank = (dependent.missing, len(dependent.needs), -next(self._clock))
-                heappush(self._blocked, (rank, dependent))
-        for read in call.reads:
-            read.readers -= 1
-            if not is_finished or self._is_asked_again(call, read):
-                self._hold(read)
-            self._purge_if_unread(read)
-        record = call.record
-        call.release()
-        if record is not None:
-            if call is record.calls[0]:
-                self._close_edges_to(record)
-            self._purge_if_unread(call)
+        call.value = outcome
+        call.done, call.piece = True, None
+        children = [c for c in _children_of(outcome) if isinstance(c, _Call)]
+        if children:
+            for dependent in call.dependents:
+                edges = [edge for edge, upstream in _inputs(dependent) if upstream is call]
+                if not all(edge.mapped for edge in edges):
+                    self._connect(dependent, children)
+        if not self._backend.schedules:
+            self._order.clear(call)
+        if call.record is not None:
+            if _has_read_for_good(outcome) and not call.record.restarts:
+                self._release_inputs(call)
+            self._release([call], 0)
+        call.function = call.args = call.own = call.context = call.extra_context = None
+        call.needs = call.dependents = _NO_CALLS
+        if call.given is not call.value:
+            call.given = None
         self._progress.tell(self._count)
+
+    def _release_inputs(self, call):
+        record = call.record
+        record.reading -= 1
+        if isinstance(call.value, Mapped):
+            return  # Its children read.
+        for edge in record.reads:
+            upstream = self._records[edge.upstream_task]
+            if edge.mapped and call.index >= 0 and len(upstream.calls) > 1 and not _flattens(edge):
+                self._release(upstream.calls[call.index + 1 : call.index + 2])
+                if not record.reading:
+                    # What is left over if another map over which it goes is shorter.
+                    self._release(upstream.calls[len(record.calls) :])
+            elif not record.reading:
+                upstream.claims -= 1
+                self._release(upstream.calls)
+
+    def _release(self, calls, claims=1):
+        for call in calls:
+            call.claims -= claims
+            if call.done and call.claims <= 0:
+                _purge(call.value, call.given)
+
+    def _close(self):
+        """If there will be no other round, drop what was held for one; else mark it."""
+        ends = [call.value for record in self._terminal for call in record.calls]
+        is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
+        for record in self._records.values():
+            is_kept = record.claims == float("inf")
+            for call in record.calls if not is_kept else ():
+                if is_finished:
+                    _purge(call.value, call.given)
+                elif call.value is not call.given and isinstance(call.value, State):
+                    setattr(call.value, _HELD, True)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
         children = [call for record in self._records.values() for call in record.calls[1:]]
-        endings = Counter(self._backend.ending(call) for call in children if call.done)
-        done = sum(endings.values()) - endings["unfinished"]
-        others = {"loaded": endings["loaded"]} if endings["loaded"] else {}
-        others["failed"] = endings["failed"]
-        others["results alive"] = sum(map(self._backend.has_result, self._calls))
-        return len(children), done, others
+        done = [call.value for call in children if call.done and call.value.is_finished()]
+        loaded = sum(state.is_cached() or getattr(state, _LOADED, False) for state in done)
+        others = {"loaded": loaded} if loaded else {}
+        others["failed"] = sum(state.is_failed() for state in done)
+        every = [call for record in self._records.values() for call in record.calls]
+        others["results alive"] = sum(
+            _has_result(call.value) for call in every if call.value is not call.given
+        )
+        return len(children), len(done), others
 
-    def _hold(self, read):
-        """Keep what will be read in another round: from a mapped task, what all children return."""
-        is_top = read.record is not None and read is read.record.calls[0]
-        for call in read.record.calls if is_top else [read]:
-            call.is_held = True
-            if call.done:
-                self._backend.hold(call)
 
-    def _is_asked_again(self, call, read):
-        """Whether Prefect makes this call again if the flow takes another round, come what may."""
-        if call.record is None:
-            # It counts what the children of a map that is flattened have returned.
-            return read.record is not None and read is not read.record.calls[0]
-        return call.record.restarts
+#: The arguments of a task run in which calls stand for states.
+_UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
 
-    def close(self, is_finished):
-        """Purge what was held for another round, if there will be none, and let go of all calls."""
-        self._progress.close(self._count)
-        for record in self._records.values():
-            for call in record.calls if is_finished and not record.keep else ():
-                if call.is_held:
-                    self._backend.purge(call)
-            # A call and its record refer to each other: only the cycle collector would free them.
-            record.calls.clear()
+#: The arguments that no two calls have in common.
+_OWN_KEYWORDS = {"state", "context", "is_mapped_parent", *_UPSTREAM_KEYWORDS}
+
+
+def _difference(new, common):
+    return {k: v for k, v in new.items() if k not in common or common[k] is not v}
+
+
+def _inputs(call):
+    """Pairs of an edge (None for a helper's) and what a call gets through it."""
+    for argument in (*call.args, *map(call.own.get, _UPSTREAM_KEYWORDS)):
+        yield from _through_edges(argument)
+
+
+def _edges_read(call):
+    """The calls that this one reads, once for each edge."""
+    pairs = [(edge, up) for edge, up in _inputs(call) if edge and isinstance(up, _Call)]
+    return [upstream for edge, upstream in pairs if _is_read(edge)]
+
+
+def _through_edges(argument):
+    if isinstance(argument, dict):
+        return argument.items()
+    return [(None, argument)] if isinstance(argument, _Call) else ()
 
 
 def _calls_in(futures):
@@ -1456,13 +2363,14 @@ def _calls_in(futures):
             yield from _calls_in(future)
 
 
-def _replace_calls(futures, values):
-    if isinstance(futures, _Call):
-        return values(futures)
+def _replace(futures, kinds, replacement):
+    """A copy of nested dicts and lists in which other things stand for those of these kinds."""
+    if isinstance(futures, kinds):
+        return replacement(futures)
     if isinstance(futures, dict):
-        return {key: _replace_calls(future, values) for key, future in futures.items()}
+        return {key: _replace(future, kinds, replacement) for key, future in futures.items()}
     if isinstance(futures, (list, tuple, set)):
-        return type(futures)(_replace_calls(future, values) for future in futures)
+        return type(futures)(_replace(future, kinds, replacement) for future in futures)
     return futures
 
 
@@ -1470,124 +2378,140 @@ def _children_of(state):
     return state.map_states if isinstance(state, Mapped) else ()
 
 
+def _flattens(edge):
+    return getattr(edge, "flattened", False)
+
+
+def _resources(call):
+    """The tags by which a task asks for a place on the cluster."""
+    tags = (call.extra_context or {}).get("task_tags") or ()
+    return {tag for tag in tags if tag.lower().startswith("dask-resource")}
+
+
 # Where calls run ----------------------------------------------------------------------------
+
+
+class _Piece:
+    """Calls that travel together, in the order in which they run."""
+
+    __slots__ = (
+        "calls",
+        "positions",  # of these calls
+        "future",  # of their outcomes, while they are under way on a cluster
+    )
+
+    def __init__(self, calls):
+        self.calls = calls
+        self.positions = {call: position for position, call in enumerate(calls)}
+        self.future = None
+
+
+class _At(namedtuple("_At", "source position")):
+    """Stands for a state: an outcome of another piece, or of this one if `source` is None."""
+
+
+def _steps(piece):
+    """The steps of a piece, and the futures of other pieces that they need."""
+    sources = []
+
+    def stand_in(upstream):
+        if isinstance(upstream, _Call):
+            if not upstream.done:
+                other = upstream.piece
+                where = None if other is piece else source(other.future)
+                return _At(where, other.positions[upstream])
+            upstream = upstream.value
+        if isinstance(upstream, Mapped):
+            # A task that reduces a map hangs all results into the state it is handed.
+            return copy.copy(upstream)
+        if isinstance(upstream, State) and isinstance(upstream._result, _Elsewhere):
+            return _At(source(upstream._result.future), upstream._result.position)
+        return upstream
+
+    def source(future):
+        if future not in sources:
+            sources.append(future)
+        return sources.index(future)
+
+    steps = []
+    for call in piece.calls:
+        kwargs = {**call.common, **call.own}
+        for key in _UPSTREAM_KEYWORDS:
+            if key in kwargs:
+                kwargs[key] = _replace(kwargs[key], (_Call, State), stand_in)
+        args = [_replace(arg, (_Call, State), stand_in) for arg in call.args]
+        reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
+        steps.append((call.function, args, kwargs, call.context, call.claims, reads))
+    return steps, sources
 
 
 class _Here:
     """Calls run one by one, in this thread."""
 
+    is_concurrent = False  # calls go on while the flow runner submits
+    takes_chains = False  # calls that feed one another travel together
+    schedules = False  # takes calls before those that they need are done
+
     def __init__(self, executor):
         self._executor = executor
-        self._width = 1
         self._finished: list = []
 
     @contextmanager
-    def start(self):
+    def start(self, flow):
         yield
 
-    def width(self):
-        """How many calls can run at a time."""
-        return self._width
+    def has_room(self, under_way):
+        return not under_way
 
-    def begin(self, call):
-        self._finished.append((call, _run_call(*self._arguments(call))))
+    def calls_to_end_with(self, records, futures):
+        """The calls that Prefect would have run when the flow ends."""
+        return [call for record in records.values() for call in record.calls]
+
+    def begin(self, piece, context):
+        steps, _ = _steps(piece)
+        outcomes = self._executor.wait(self._executor.submit(_run_steps, context, steps))
+        self._finished.append((piece, outcomes))
 
     def finished(self):
-        """Pairs of a call that has run and its outcome; waits for at least one."""
+        """Pairs of a piece that has run and its outcomes."""
         finished, self._finished = self._finished, []
         return finished
 
-    def take(self, call, outcome):
-        """Keep the outcome of a call; return whether its task run has read its inputs for good."""
-        call.value = outcome
-        if not isinstance(outcome, State):
-            return True
-        _forget_frames(outcome.result)
-        # A later round runs a Cached task again, to see whether its inputs are still the same.
-        return outcome.is_finished() and not outcome.is_cached()
-
-    def _kind(self, call):
-        """The type of the state of a call that is done."""
-        return type(call.value)
-
-    def is_mapped(self, call):
-        return issubclass(self._kind(call), Mapped)
-
-    def hold(self, call):
-        """Let the next round know that this result is to be purged in the end."""
-        if call.given is not call.value:
-            setattr(call.value, _HELD, True)
-
-    def ending(self, call):
-        """Whether a task run was loaded, has failed, is unfinished, or none of these."""
-        kind = self._kind(call)
-        if not issubclass(kind, Finished):
-            return "unfinished"
-        if issubclass(kind, Failed):
-            return "failed"
-        is_loaded = issubclass(kind, Cached) or getattr(call.value, _LOADED, False)
-        return "loaded" if is_loaded else "run"
-
-    def has_result(self, call):
-        """Whether a task run has a result that can be purged."""
-        state = call.value
-        if not call.done or call.record is None or not state.is_successful():
-            return False
-        return not (state.is_mapped() or state.is_skipped() or state._result is PurgedResult)
-
-    def purge(self, call):
-        state = call.value
-        if call.given is state and not getattr(state, _HELD, False):
-            return  # It belongs to whoever passed it in.
-        if self.has_result(call):
-            state._result = PurgedResult
-            setattr(state, _HELD, False)
-
-    def forget_inputs(self, call):
-        """Drop what the state of a mapped task has of its children from an earlier round."""
-        state = call.value
-        if any(getattr(child, _HELD, False) for child in _children_of(state)):
-            state.result = None
-
     def resolve(self, futures):
-        return _replace_calls(futures, lambda call: call.value if call.done else call)
-
-    def _arguments(self, call):
-        """The arguments of a call with states for calls."""
-        kwargs = dict(call.kwargs)
-        for name in _UPSTREAM_KEYWORDS:
-            if name in kwargs:
-                kwargs[name] = self._states(kwargs[name])
-        args = [self._states(arg) if isinstance(arg, (dict, _Call)) else arg for arg in call.args]
-        return call.function, args, kwargs
-
-    def _states(self, upstream):
-        states = _replace_calls(upstream, lambda call: call.value)
-        if isinstance(states, dict):
-            for edge, state in states.items():
-                if isinstance(state, Mapped):
-                    # A task that reduces a map hangs all results into the state it is handed.
-                    states[edge] = copy.copy(state)
-        return states
+        """The states for calls that are done."""
+        return _replace(futures, _Call, lambda call: call.value if call.done else call)
 
 
-class _InPool(_Here):
-    """Calls run in the threads or processes that `LocalDaskExecutor` asks for.
+class _HereByItself(_Here):
+    """As `_Here`, but not by `LocalDaskExecutor`: it keeps every result until it is left."""
 
-    Not by Dask: it keeps every result until the executor is left.
-    """
+    def begin(self, piece, context):
+        self._finished.append((piece, _run_steps(context, _steps(piece)[0])))
+
+    def calls_to_end_with(self, records, futures):
+        # Dask computes what is asked for, and what that needs.
+        if _FLOW_RUNNER_MAPS:
+            records = {task: records[task] for task in futures}
+        return super().calls_to_end_with(records, futures)
+
+
+class _InPool(_HereByItself):
+    """Calls run in the threads or processes that `LocalDaskExecutor` asks for."""
+
+    is_concurrent = takes_chains = True
 
     def __init__(self, executor):
         super().__init__(executor)
-        self._outcomes: queue.Queue = queue.Queue()
+        self._done: queue.Queue = queue.Queue()
 
     @contextmanager
-    def start(self):
+    def start(self, flow):
         import dask.config
         from dask.multiprocessing import get_context
         from dask.system import CPU_COUNT
 
         self._width = dask.config.get("num_workers", None) or CPU_COUNT
+        self._shared = _Shared(flow)
         self._is_remote = self._executor.scheduler in ("processes", "multiprocessing")
         pool = getattr(self._executor, "_pool", None)
         if isinstance(pool, concurrent.futures.Executor):
@@ -1600,124 +2524,264 @@ class _InPool(_Here):
             with concurrent.futures.ThreadPoolExecutor(self._width) as self._pool:
                 yield
 
-    def begin(self, call):
-        work = self._arguments(call)
+    def workers(self):
+        return self._width
+
+    def has_room(self, under_way):
+        return under_way < self._width
+
+    def begin(self, piece, context):
+        steps, _ = _steps(piece)
         if self._is_remote:
-            future = self._pool.submit(_run_pickled, cloudpickle.dumps(work))
+            payload, work = self._shared.dumps(context, steps)
+            future = self._pool.submit(_run_pickled, payload, work)
         else:
-            future = self._pool.submit(_run_call, *work)
-        future.add_done_callback(lambda done: self._outcomes.put((call, done)))
+            future = self._pool.submit(_run_steps, context, steps)
+        future.add_done_callback(lambda done: self._done.put((piece, done)))
+
+    def _arrived(self):
+        """Pairs of a piece and a future that is done; waits for at least one."""
+        yield self._done.get()
+        while not self._done.empty():
+            yield self._done.get()
 
     def finished(self):
-        yield self._outcomes.get()
-        while not self._outcomes.empty():
-            yield self._outcomes.get()
-
-    def take(self, call, future):
-        outcome = future.result()
-        return super().take(call, cloudpickle.loads(outcome) if self._is_remote else outcome)
+        for piece, future in self._arrived():
+            outcomes = future.result()
+            yield piece, cloudpickle.loads(outcomes) if self._is_remote else outcomes
 
 
 class _OnCluster(_InPool):
-    """Calls run on the cluster of a `DaskExecutor`; results stay there until they are wanted."""
+    """Calls run on the cluster of a `DaskExecutor`, which decides where and when.
 
-    #: how long the number of threads in the cluster is believed, in seconds
-    PATIENCE = 1
+    What is small comes to the client as soon as it is there; for the rest a digest comes, and the
+    results stay on the cluster until they are wanted.
+    """
 
-    def __init__(self, executor):
-        super().__init__(executor)
-        self._asked = -float("inf")
-        self._fetched = {}  # states that are held, by the number of their call
-        self._stood_in_for = {}  # pairs of a stand-in and its call, by the id of the stand-in
+    schedules = True
 
     @contextmanager
-    def start(self):
+    def start(self, flow):
+        self._shared = _Shared(flow)
+        self._payload = None
+        self._threads = None  # asked once for all that is submitted in one go
+        self._priority = itertools.count(1)
         yield
 
-    def width(self):
-        now = time.monotonic()
-        if now - self._asked > self.PATIENCE:
-            self._width = max(1, sum(self._executor.client.nthreads().values()))
-            self._asked = now
-        return self._width
+    def workers(self):
+        if self._threads is None:
+            self._threads = sum(self._executor.client.nthreads().values())
+        return self._threads
 
-    def begin(self, call):
-        future = _submit_to_cluster(
-            self._executor, _run_on_worker, *self._arguments(call), extra_context=call.extra_context
+    def has_room(self, under_way):
+        return True
+
+    def calls_to_end_with(self, records, futures):
+        return _Here.calls_to_end_with(self, records, futures)
+
+    def begin(self, piece, context):
+        steps, sources = _steps(piece)
+        payload, work = self._shared.dumps(context, steps)
+        if self._payload is None:
+            # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
+            self._payload = self._submit(_same, payload)
+            self._executor.client.replicate([self._payload])
+        extra_context = _name_together(piece.calls)
+        piece.future = self._submit(
+            _run_on_worker,
+            self._payload,
+            work,
+            *sources,
+            extra_context=extra_context,
+            priority=-next(self._priority),
         )
-        future.add_done_callback(lambda done: self._outcomes.put((call, done)))
+        piece.future.add_done_callback(lambda done: self._done.put((piece, done)))
 
-    def take(self, call, future):
-        if future.status != "finished":
-            future.result()
-        call.value = future
-        # The cluster tells the type of a result. Asking for more would move the result.
-        kind = future.type or type(self._executor.wait(future))
-        if not issubclass(kind, State):
-            return True
-        return issubclass(kind, Finished) and not issubclass(kind, Cached)
+    def _submit(self, function, *args, extra_context=None, priority=1):
+        return _submit_to_cluster(
+            self._executor, function, *args, extra_context=extra_context, priority=priority
+        )
 
-    def _kind(self, call):
-        if isinstance(call.value, State):
-            return super()._kind(call)
-        return call.value.type or State
-
-    def ending(self, call):
-        ending = super().ending(call)
-        # What was loaded only the workers know.
-        return "run" if ending == "loaded" else ending
-
-    def has_result(self, call):
-        if isinstance(call.value, State):
-            return super().has_result(call)
-        return call.done and self._kind(call) is Success
-
-    def hold(self, call):
-        pass  # `resolve` does it: the state is not here yet.
-
-    def purge(self, call):
-        call.value = self._fetched.get(call.number, call.value)
-        if isinstance(call.value, State):
-            super().purge(call)
-        elif self.has_result(call):
-            call.value = Success("Purged when its last reader had finished.", result=PurgedResult)
+    def finished(self):
+        small = []
+        self._threads = None
+        for piece, future in self._arrived():
+            if future.status != "finished":
+                future.result()
+            if future is piece.future and future.type is not _Small:
+                future = self._submit(_without_what_stays, future)
+                future.add_done_callback(lambda done, piece=piece: self._done.put((piece, done)))
+            else:
+                small.append((piece, future))
+        answers = self._executor.wait([future for _, future in small]) if small else []
+        for (piece, future), outcomes in zip(small, answers):
+            if future is not piece.future:
+                outcomes = [
+                    _elsewhere(outcome, piece.future, position) if stays else outcome
+                    for position, (outcome, stays) in enumerate(outcomes)
+                ]
+            piece.future = None
+            yield piece, outcomes
 
     def resolve(self, futures):
-        calls = {call.number: call for call in _calls_in(futures)}
-        stand_ins = self._stand_ins(futures) if isinstance(futures, dict) else {}
-        values = self._executor.wait(
-            {number: call.value for number, call in calls.items() if number not in stand_ins}
-        )
-        for number, state in values.items():
-            if calls[number].is_held:
-                self._fetched[number] = state
-                setattr(state, _HELD, True)
-        values.update(stand_ins)
-        return _replace_calls(futures, lambda call: values[call.number])
+        # The flow runner hands on what it does not map over.
+        looked_at = futures
+        if isinstance(futures, dict):
+            looked_at = [f for key, f in futures.items() if getattr(key, "mapped", True)]
+        states = [call.value for call in _calls_in(looked_at)]
+        states = [s for s in states if isinstance(s, State) and isinstance(s._result, _Elsewhere)]
+        where = {id(state._result.future): state._result.future for state in states}
+        answers = self._executor.wait(list(where.values())) if where else []
+        found = dict(zip(where, answers))
+        for state in states:
+            state._result = found[id(state._result.future)][state._result.position]._result
+        return super().resolve(futures)
 
-    def _stand_ins(self, futures):
-        """States by the number of the call for which they stand.
 
-        The flow runner waits for all inputs of a mapped task, but looks only into those that it
-        maps over. The others are spared the way to the client and back.
-        """
-        stand_ins = {}
-        calls = {edge: call for edge, call in futures.items() if isinstance(call, _Call)}
-        looked_into = {call.number for edge, call in calls.items() if getattr(edge, "mapped", True)}
-        for call in calls.values():
-            kind = getattr(call.value, "type", None)
-            if call.number not in looked_into and kind is not None and kind is Success:
-                stand_in = stand_ins[call.number] = Success(result=PurgedResult)
-                self._stood_in_for[id(stand_in)] = stand_in, call
-        return stand_ins
+class _Small(list):
+    """The outcomes of a piece, of which none holds much: the type comes with the news of it."""
 
-    def _states(self, upstream):
-        states = super()._states(upstream)
-        if isinstance(states, dict):
-            for edge, state in states.items():
-                if id(state) in self._stood_in_for:
-                    states[edge] = self._stood_in_for[id(state)][1].value
-        return states
+
+class _Elsewhere(Result):
+    """Stands, on the client, for a result that stays on the cluster."""
+
+    def __init__(self, future, position):
+        super().__init__(None)
+        self.future = future
+        self.position = position
+
+
+def _elsewhere(state, future, position):
+    state._result = _Elsewhere(future, position)
+    return state
+
+
+def _stays(outcome):
+    """Whether an outcome holds a result that is not certain to be small."""
+    if isinstance(outcome, State):
+        return _has_result(outcome) and not _is_small(outcome.result)
+    return not _is_small(outcome)
+
+
+def _is_small(value):
+    if isinstance(value, (list, tuple, str, bytes)) and len(value) > 1000:
+        return False
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, (int, float, type(None))) for item in value)
+    return isinstance(value, (int, float, str, bytes, type(None)))
+
+
+def _without_what_stays(outcomes):
+    """The outcomes of a piece without what stays where it is, and whether that is so."""
+    digest = []
+    for outcome in outcomes:
+        stays = _stays(outcome)
+        if stays:
+            outcome = copy.copy(outcome)
+            outcome._result = PurgedResult
+        digest.append((outcome, stays))
+    return digest
+
+
+def _same(payload):
+    return payload
+
+
+def _name_together(calls):
+    """What the dashboard shows: names joined as Dask's `fuse` does."""
+    first = calls[0].extra_context or {}
+    names = [(call.extra_context or {}).get("task_name", "") for call in calls]
+    return dict(first, task_name="-".join(filter(None, names))) if len(calls) > 1 else first
+
+
+class _Shared:
+    """What all calls of a flow run have in common: it is pickled once, calls only refer to it."""
+
+    def __init__(self, flow):
+        self._objects = list(flow.tasks)
+        self._payload = None
+
+    def dumps(self, context, steps):
+        """The payload, the same for all, and the pickle of these steps."""
+        if self._payload is None:
+            # Each piece gets tasks of its own, as with Prefect: they may change themselves.
+            tasks = [cloudpickle.dumps(task) for task in self._objects]
+            self._payload = cloudpickle.dumps((context, tasks))
+            self._numbers = {id(task): number for number, task in enumerate(self._objects)}
+        with io.BytesIO() as file:
+            _Pickler(file, self._numbers).dump(steps)
+            return self._payload, file.getvalue()
+
+
+class _Pickler(cloudpickle.CloudPickler):
+    def __init__(self, file, numbers):
+        super().__init__(file)
+        self._numbers = numbers
+
+    def persistent_id(self, thing):
+        return self._numbers.get(id(thing))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, tasks):
+        super().__init__(file)
+        self._tasks = tasks
+        self._found = {}
+
+    def persistent_load(self, number):
+        if number not in self._found:
+            self._found[number] = pickle.loads(self._tasks[number])
+        return self._found[number]
+
+
+@functools.lru_cache(maxsize=2)
+def _load_payload(payload):
+    return pickle.loads(payload)
+
+
+def _run_pickled(payload, work):
+    return cloudpickle.dumps(_run_work(payload, work))
+
+
+def _run_on_worker(payload, work, *sources):
+    outcomes = _run_work(payload, work, *sources)
+    for outcome in outcomes:
+        # A traceback does not travel; on the worker it would keep all that the task has read.
+        for error in _errors_behind(getattr(outcome, "result", None)):
+            error.__traceback__ = None
+    return outcomes if any(map(_stays, outcomes)) else _Small(outcomes)
+
+
+def _run_work(payload, work, *sources):
+    context, tasks = _load_payload(payload)
+    with io.BytesIO(work) as file:
+        steps = _Unpickler(file, tasks).load()
+    return _run_steps(context, steps, sources)
+
+
+def _run_steps(context, steps, sources=()):
+    """Run the calls of a piece one after the other; return their outcomes."""
+    outcomes: list = []
+    claims = []
+
+    def state_at(at):
+        return (outcomes if at.source is None else sources[at.source])[at.position]
+
+    for function, args, kwargs, own_context, claimed, reads in steps:
+        kwargs = dict(kwargs)
+        for key in _UPSTREAM_KEYWORDS:
+            if key in kwargs:
+                kwargs[key] = _replace(kwargs[key], _At, state_at)
+        if own_context is not None:
+            kwargs["context"] = dict(context, **own_context)
+        outcome = _run_call(function, _replace(args, _At, state_at), kwargs)
+        outcomes.append(outcome)
+        claims.append(claimed)
+        for position in reads if _has_read_for_good(outcome) else ():
+            claims[position] -= 1
+            if not claims[position]:
+                _purge(outcomes[position], steps[position][2].get("state"))
+    return outcomes
 
 
 def _run_call(function, args, kwargs):
@@ -1726,8 +2790,11 @@ def _run_call(function, args, kwargs):
     Up to Prefect 0.12.0 every state holds them, in case that it is retried.
     """
     outcome = _run_without_merging(function, args, kwargs)
-    if isinstance(outcome, State) and outcome.is_finished() and not outcome.is_cached():
-        outcome.cached_inputs = {}
+    if isinstance(outcome, State):
+        if isinstance(outcome.result, BaseException):
+            _let_go_of_data(outcome.result, _values_read(args, kwargs))
+        if _has_read_for_good(outcome):
+            outcome.cached_inputs = {}
     return outcome
 
 
@@ -1765,42 +2832,73 @@ def _merge_config(own, config):
     return merged
 
 
-def _run_pickled(work):
-    return cloudpickle.dumps(_run_call(*cloudpickle.loads(work)))
-
-
-def _run_on_worker(function, args, kwargs):
-    outcome = _run_call(function, args, kwargs)
-    if isinstance(outcome, State):
-        # A traceback does not travel; on the worker it would keep all that the task has read.
-        for error in _errors_behind(outcome.result):
-            error.__traceback__ = None
-    return outcome
+def _values_read(args, kwargs):
+    for argument in (*args, kwargs.get("upstream_states")):
+        for edge, upstream in _through_edges(argument):
+            for state in _states_behind(edge, upstream):
+                yield state.result
 
 
 def _errors_behind(error):
-    """An error, and those that led to it."""
-    seen = set()
+    """An error of a task run, and those that led to it, but none of whoever runs the flow."""
+    seen = {id(sys.exc_info()[1])}
     while isinstance(error, BaseException) and id(error) not in seen:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _forget_frames(error):
-    """Let go of the local variables, and so of the frames of data, that an error has seen.
+def _let_go_of_data(error, inputs):
+    """Let the traceback of an error hold no data: neither the task's inputs nor frames of pandas.
 
-    A traceback keeps the calls that it names, and through them those that led there.
+    A traceback keeps the local variables of the calls that it names, and of those that led
+    there. Variables that hold data get a few words instead; all others stay, for a debugger.
     """
+    under_way = set(map(id, _frames_from(sys._getframe())))
+    known = set(map(id, inputs)) - set(map(id, (None, True, False)))
     for behind in _errors_behind(error):
-        traceback.clear_frames(behind.__traceback__)
-        caller = behind.__traceback__ and behind.__traceback__.tb_frame.f_back
-        while caller is not None:
-            try:
-                caller.clear()
-            except RuntimeError:
-                break  # It is under way, and so are all behind it.
-            caller = caller.f_back
+        steps = [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
+        callers = _frames_from(steps[0].f_back if steps else None)
+        steps += itertools.takewhile(lambda frame: id(frame) not in under_way, callers)
+        for frame in steps:
+            # A generator may go on, with all that it has.
+            if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
+                _empty(frame, known)
+
+
+def _frames_from(frame):
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+#: What counts as data wherever it comes from, and what of Prefect holds it.
+_DATA = (pandas.DataFrame, pandas.Series, pandas.Index, State, Result)
+
+_CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _empty(frame, known):
+    data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
+    if not data.keys() <= set(frame.f_code.co_varnames) - set(frame.f_code.co_cellvars):
+        # What is shared with an inner function may live on there: give up this frame's part in it.
+        frame.clear()
+        _ = frame.f_locals  # up to date, now: it is kept, too
+        return
+    for name, value in data.items():
+        _set_local(frame, name, f"<{type(value).__name__} that the task had, let go of>")
+
+
+def _holds_data(value, known, depth=3):
+    if id(value) in known or isinstance(value, _DATA):
+        return True
+    if not depth or isinstance(value, (str, bytes, type, Task)) or inspect.isroutine(value):
+        return False
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple, set)):
+        value = getattr(value, "__dict__", {}).values()
+    return any(_holds_data(item, known, depth - 1) for item in itertools.islice(value, 100))
 
 
 class DSFlowRunner(FlowRunner):
@@ -1810,10 +2908,10 @@ class DSFlowRunner(FlowRunner):
     through any number of stages, needs two partitions alive at a time. It gives the same states
     and terminal results as Prefect's `FlowRunner`.
 
-    Kept are the results of terminal tasks, of tasks with the tag "prefect-ds:keep", of tasks with
-    `cache_for`, and whatever a task run that is not finished (Retrying, Paused, ...) will read
-    again. All others are replaced by `PurgedResult`. Results that come with states passed in by
-    the caller (`task_states`) are never touched.
+    Kept are the results that no other task reads, those of reference tasks, of tasks with the tag
+    "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
+    Paused, ...) will read again. All others are replaced by `PurgedResult`. Results that come with
+    states passed in by the caller (`task_states`) are never touched.
 
     Parameters
     ----------
@@ -1854,31 +2952,68 @@ class DSFlowRunner(FlowRunner):
         # Below 0.12 the context has only those parameters that were passed.
         parameters = dict(prefect.context.get("parameters") or {})
         for parameter in self.flow.parameters():
-            parameters.setdefault(parameter.name, parameter.default)
+            if not parameter.required:
+                parameters.setdefault(parameter.name, parameter.default)
         prefect.context["parameters"] = parameters
-        backend = _backend_for(executor)
-        if backend is not None:
-            executor = _DepthFirstExecutor(
-                executor, backend, self.flow, kwargs["task_states"], self.logger
-            )
-        try:
-            state = super().get_flow_run_state(state, executor=executor, **kwargs)
-        finally:
-            if backend is not None:
-                executor.close(state.is_finished())
+        self._warn_if_nothing_is_stored(kwargs)
+        backend = _backend_for(executor, self.logger)
+        run = _Run(self.flow, executor, backend, self.logger) if backend else None
+        state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
+        message = run.conflict if run else _check_claims(_with_children(state.result))
+        if message and state.is_finished():
+            self.logger.error(message)
+            state = self.handle_state_change(state, Failed(message, result=state.result))
         return state
 
+    def _warn_if_nothing_is_stored(self, arguments):
+        if checkpoint_handler in (arguments.get("task_runner_state_handlers") or ()):
+            return
+        config = prefect.context.get("config") or prefect.config
+        if prefect.context.get("checkpointing", config.flows.checkpointing):
+            return
+        of_flow = getattr(self.flow, _STORAGE)
+        names = {
+            task.name
+            for task in self.flow.tasks
+            if _has_checkpoints(task, getattr(task, _STORAGE) or _unless_prefects(task, of_flow))
+        }
+        # In the later rounds of a flow run there are states.
+        if names and not arguments.get("task_states"):
+            self.logger.warning(
+                "Nothing is stored, and nothing is loaded, for the tasks %s: run the flow with "
+                "task_runner_state_handlers=[checkpoint_handler].",
+                ", ".join(sorted(names)),
+            )
 
-def _backend_for(executor):
+
+def _with_children(states):
+    states = list(states.values()) if isinstance(states, dict) else []
+    return states + [child for state in states for child in _children_of(state)]
+
+
+def _backend_for(executor, logger):
+    """Where the calls run that are meant for this executor; None if it is to run them itself."""
     if isinstance(executor, LocalExecutor):
-        return _Here(executor)
-    if isinstance(executor, LocalDaskExecutor):
-        if executor.scheduler.startswith(("sync", "single")):
-            return _Here(executor)
-        return _InPool(executor) if _FLOW_RUNNER_MAPS else None
-    if isinstance(executor, DaskExecutor):
-        return _OnCluster(executor) if _FLOW_RUNNER_MAPS else None
-    return None
+        base, backend, passed_over = LocalExecutor, _Here, ["map"]
+    elif isinstance(executor, DaskExecutor):
+        base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
+    elif isinstance(executor, LocalDaskExecutor):
+        is_alone = executor.scheduler.startswith(("sync", "single"))
+        base, backend = LocalDaskExecutor, _HereByItself if is_alone else _InPool
+        passed_over = ["submit", "map", "wait"]
+    else:
+        return None
+    if issubclass(backend, _InPool) and not _FLOW_RUNNER_MAPS:
+        return None
+    kind = type(executor)
+    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
+    if own:
+        logger.warning(
+            "%s has a %s of its own, which would be passed over. So the flow runs as without "
+            "prefect_ds, and keeps all results.", kind.__name__, " and a ".join(own),
+        )  # fmt: skip
+        return None
+    return backend(executor)
 
 
 # The modules of the original prefect_ds, so that its import lines go on to work, under whatever
