@@ -65,6 +65,7 @@ from prefect.engine.result import NoResult, Result
 from prefect.engine.runner import ENDRUN
 from prefect.engine.state import Cached, Failed, Mapped, Pending, State, Success
 from prefect.engine.task_runner import TaskRunner
+from prefect.tasks.core import collections as _prefect_collections
 from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
 
@@ -132,6 +133,14 @@ else:
         return executor.submit(function, *args, extra_context=extra_context, priority=priority)
 
 
+#: Functions of Prefect that ask for results only to hand them on.
+_HAND_ON = {"run_task", "get_flow_run_state"}  # of the flow runner
+_HAND_ON |= {"__getstate__", "__sizeof__", "__eq__", "load_result", "load_cached_results"}
+
+#: Functions of Prefect that look at the length of a list, and hand on its items.
+_HAND_ITEMS_ON = {"check_task_ready_to_map", "prepare_upstream_states_for_mapping"}
+_HAND_ITEMS_ON |= {"run_mapped_task"}  # below 0.12
+
 if sys.version_info >= (3, 13):
 
     def _set_local(frame, name, value):
@@ -179,9 +188,10 @@ if _HAS_LOCATIONS:
 
     _no_storage = Result
 
-    def _stored(storage, location, frame):
+    def _stored(storage, location, frame, file):
         result = storage.from_value(frame)
         result.location = location
+        result.source = file
         return result
 
     def _location_of(result):
@@ -219,9 +229,10 @@ else:
     def _no_storage():
         return None
 
-    def _stored(storage, location, frame):
-        result = Result(frame, result_handler=storage)
+    def _stored(storage, location, frame, file):
+        result = _ResultOnDemand(frame, result_handler=storage)
         result.safe_value = SafeResult(location, result_handler=storage)
+        result.source = file
         return result
 
     def _location_of(result):
@@ -246,8 +257,11 @@ _RECOMPUTED = "_prefect_ds_recomputed"
 #: All tasks downstream are to be computed again, too.
 _SPREADS = "_prefect_ds_recompute_spreads"
 
-#: The result was loaded by `checkpoint_handler`.
-_LOADED = "_prefect_ds_loaded"
+#: The task's file was found, so that it did not run.
+_FOUND = "_prefect_ds_found"
+
+#: The newest file that the result was made from: when it was written, and where it is.
+_NEWEST = "_prefect_ds_newest"
 
 #: The result was kept for a reader that has not finished, for the next round.
 _HELD = "_prefect_ds_held"
@@ -352,6 +366,12 @@ class _TaskRun:
         self.claim: Optional[_Claim] = None
         #: whether the file at `location` is there but could not be read
         self.is_unreadable: bool = False
+        #: what it has read, held until it ends: Prefect asks for it more than once
+        self.read: list = []
+        #: the newest file that its inputs were made from: when it was written, and where it is
+        self.newest_input: Optional[Tuple[float, str]] = None
+        #: the same of its own file
+        self.own_file: Optional[Tuple[float, str]] = None
         #: whether Prefect has asked for its result to be written, which is put off until it ends
         self.is_to_be_written: bool = False
         #: whether the task runs though its file is there
@@ -416,11 +436,18 @@ class _TaskRun:
         """When the flow run has started, in words."""
         return str(self.place[1])
 
-    def arguments(self):
-        """The arguments by name, with the defaults of the signature for those not passed."""
+    def arguments(self, names):
+        """All arguments by name, defaults included; None for those stored that are not in `names`.
+
+        These are not read: what names a file is hardly ever a frame.
+        """
         if self.inputs is None:
             return {}
-        return {**self._defaults(), **{key: result.value for key, result in self.inputs.items()}}
+        arguments = self._defaults()
+        for name, result in self.inputs.items():
+            is_stored = _location_of(result) or _is_unread(result)
+            arguments[name] = result.value if name in names or not is_stored else None
+        return arguments
 
     def _defaults(self):
         parameters = inspect.signature(self.task_runner.task.run).parameters.values()
@@ -433,7 +460,7 @@ class _TaskRun:
         arguments = self._describe_arguments()
         claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
         with _claims_lock:
-            claims = _claims_of_flow_run()
+            claims = _known_of_flow_run("claims")
             origin, earlier = claims.setdefault(claim.file, (self.origin, claim))
         message = origin != self.origin and _conflict(earlier, claim)
         if message:
@@ -456,7 +483,7 @@ class _TaskRun:
         if location is not None:
             return f"stored {location}"
         origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.place[-2]}")
-        if upstream_state.is_mapped():
+        if upstream_state.is_mapped() or _is_unread(result):
             return origin
         index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
         return _describe(result.value, origin + index)
@@ -468,6 +495,7 @@ class _TaskRun:
             _CLAIM: self.claim and tuple(self.claim),
             _SPREADS: self.spreads,
             _RECOMPUTED: self.recomputes and self.started,
+            _NEWEST: self.own_file or self.newest_input,
         }
         for name, value in marks.items():
             if value:
@@ -559,25 +587,25 @@ class _Claim(NamedTuple):
     arguments: str  # the same for equal ones
 
 
-#: For each flow run that is under way in this process, by file: the origin of a task run and its
-#: claim.
-_claims: Dict[tuple, Dict[str, Tuple[str, _Claim]]] = {}
+#: What is known, by subject, of each flow run that is under way in this process.
+_known: dict = {}
 
+#: "claims": by file, the origin of a task run and its claim. "out of date": slugs of tasks.
 _claims_lock = threading.Lock()
 
 
-def _claims_of_flow_run():
-    """Those of the flow run that the context is of; they go when it ends."""
+def _known_of_flow_run(subject):
+    """A dictionary for the flow run that the context is of; it goes when that ends."""
     for name in ("scheduled_start_time", "date"):
         # All rounds of a flow run share the first, and each round its own second one.
         moment = prefect.context.get(name)
         key = id(moment), prefect.context.get("flow_name")
-        if key not in _claims:
+        if key not in _known:
             try:
-                weakref.finalize(moment, _claims.pop, key, None)
+                weakref.finalize(moment, _known.pop, key, None)
             except TypeError:
                 continue
-        return _claims.setdefault(key, {})
+        return _known.setdefault(key, {}).setdefault(subject, {})
     return {}
 
 
@@ -707,6 +735,24 @@ def _takes_c_defaults(kwargs):
         and all(mark is not None and len(mark.encode()) == 1 for mark in marks)
     )
 
+
+#: How the files of a type begin, and a pattern for their last 64 bytes.
+_ENDS: dict = {
+    "bz2": ((b"BZh",), b""),
+    "excel": ((b"PK", b"\xd0\xcf\x11\xe0"), b""),
+    "feather": ((b"ARROW1", b"FEA1"), rb"(ARROW1|FEA1)\Z"),
+    "gz": ((b"\x1f\x8b",), b""),
+    "hdf": ((b"\x89HDF\r\n\x1a\n",), b""),
+    "html": ((b"<",), rb">\s*\Z"),
+    "json": ((b"[", b"{", b'"'), rb'[\]}"]\s*\Z'),
+    "orc": ((b"ORC",), b"ORC"),
+    "parquet": ((b"PAR1", b"PARE"), rb"PAR[1E]\Z"),
+    "pickle": ((b"\x80",), rb"\.\Z"),
+    "xml": ((b"<",), rb">\s*\Z"),
+    "xz": ((b"\xfd7zXZ",), rb"YZ\Z"),
+    "zip": ((b"PK",), rb"PK\x05\x06"),
+    "zst": ((b"\x28\xb5\x2f\xfd",), b""),
+}
 
 #: File types that keep values by the types of their columns; others by each value's text.
 _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
@@ -997,7 +1043,7 @@ def _new_file(path, storage_options, unreadable=False):
             local = os.path.join(folder, _as_pandas_knows_it(os.path.basename(path)))
             yield local
             filesystem.invalidate_cache()
-            if unreadable and filesystem.exists(path):
+            if unreadable:
                 _set_aside_there(filesystem, path)
             _upload(filesystem, local, path)
         return
@@ -1011,11 +1057,8 @@ def _new_file(path, storage_options, unreadable=False):
     try:
         yield partial
         _flush_to_disk(partial)
-        if unreadable and os.path.lexists(path):
-            aside = _aside(path)
-            os.replace(path, aside)
-            for earlier in _earlier_asides(path, aside, os.listdir(folder)):
-                _remove(os.path.join(folder, earlier))
+        if unreadable:
+            _set_aside_here(path)
         with suppress(FileNotFoundError):
             shutil.copymode(path, partial)
         _rename(partial, path)
@@ -1131,7 +1174,28 @@ def _mark_of_upload(path):
     return f"{folder}/.{_shortened(name)}~upload"
 
 
+def _set_aside(path, storage_options):
+    """Give an unreadable file another name, which is returned; None if there is none."""
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is None:
+        return _set_aside_here(os.path.realpath(path))
+    return _set_aside_there(filesystem, path)
+
+
+def _set_aside_here(path):
+    folder, aside = os.path.dirname(path), _aside(path)
+    try:
+        os.replace(path, aside)
+    except FileNotFoundError:
+        return None
+    for earlier in _earlier_asides(path, aside, os.listdir(folder)):
+        _remove(os.path.join(folder, earlier))
+    return aside
+
+
 def _set_aside_there(filesystem, path):
+    if not filesystem.exists(path):
+        return None
     aside = _aside(path)
     if _can_rename(filesystem):
         filesystem.mv(path, aside)
@@ -1144,6 +1208,7 @@ def _set_aside_there(filesystem, path):
     }
     for earlier in _earlier_asides(path, aside, siblings):
         _remove_there(filesystem, siblings[earlier])
+    return aside
 
 
 def _files_there(filesystem, path):
@@ -1248,13 +1313,49 @@ def _check_path(path):
     return path
 
 
-def _age(path):
-    """How old a local file is, in words, or nothing."""
-    try:
-        seconds = time.time() - os.path.getmtime(_local(path))
-    except OSError:
+def _modified(path, storage_options):
+    """When a file was written, in seconds since 1970; None if its file system does not tell."""
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is None:
+        return os.stat(path).st_mtime
+    with suppress(Exception):
+        moment = filesystem.modified(path)
+        return (
+            moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
+        ).timestamp()
+    return None
+
+
+def _age(modified):
+    """How old a file is, in words, or nothing."""
+    if modified is None:
         return ""
-    return f", written {datetime.timedelta(seconds=max(0, int(seconds)))} ago"
+    return f", written {datetime.timedelta(seconds=max(0, int(time.time() - modified)))} ago"
+
+
+def _check_ends(path, storage_options, kinds):
+    """Raise if a file cannot be opened, or does not begin and end as those of its kind must.
+
+    Of which kind it is may depend on the version of pandas: it has to fit one of `kinds`.
+    """
+    filesystem, path = _filesystem(path, storage_options)
+    is_folder = os.path.isdir(path) if filesystem is None else filesystem.isdir(path)
+    if is_folder:
+        if not (_files(path) if filesystem is None else filesystem.find(path)):
+            raise EOFError("the folder is empty")
+        return
+    with open(path, "rb") if filesystem is None else filesystem.open(path, "rb") as file:
+        begin = file.read(16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        end = file.read()
+    if not begin:
+        raise EOFError("the file is empty")
+    for kind in kinds:
+        begins, ends = _ENDS.get(kind, ((b"",), b""))
+        if begin.lstrip().startswith(begins) and re.search(ends, end):
+            return
+    raise ValueError(f"it does not begin and end as a file of type {kinds[0]} must")
 
 
 def _task_name():
@@ -1268,10 +1369,213 @@ _checked: dict = {}
 _said: set = set()
 
 
+# What is stored lives in its file -----------------------------------------------------------
+
+
+class _OnDemand:
+    """A `Result` whose value is read when somebody asks for it.
+
+    To functions of Prefect that only hand on what they get, it is its own value.
+    """
+
+    _held: Any = None
+    #: where to read the value if it is not held: a `_File` or a `_Collection`
+    source: Any = None
+
+    @property
+    def value(self):
+        if self.source is None or self._held is not None:
+            return self._held
+        asking = _who_asks()
+        if asking in _HAND_ON:
+            return self
+        if asking in _HAND_ITEMS_ON and isinstance(self.source, _Collection):
+            return self.source.items()
+        return self.source.read()
+
+    @value.setter
+    def value(self, value):
+        self._held, self.source = value, None
+
+    def let_go(self):
+        self._held = None
+
+    def __getstate__(self):
+        # What is in a file is read where it is needed: a place travels, not a frame.
+        return dict(vars(self), _held=None) if _is_in_file(self) else vars(self)
+
+
+def _who_asks():
+    """The name of the function of Prefect that asks for a state's result, if it is Prefect's."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code is State.result.fget.__code__ or frame.f_code.co_name in _INLINE:
+        frame = frame.f_back
+    is_prefects = frame.f_globals.get("__name__", "").startswith("prefect.")
+    return frame.f_code.co_name if is_prefects else None
+
+
+_INLINE = {"<listcomp>", "<genexpr>"}
+
+
+class _ResultOnDemand(_OnDemand, Result):
+    """The result of a task that has no other one of its own."""
+
+    def __repr__(self):
+        return f"<Result: {self.source}>" if _is_unread(self) else super().__repr__()
+
+
+def _on_demand(source):
+    result = _ResultOnDemand(None)
+    result.source = source
+    return result
+
+
+def _is_unread(value):
+    """Whether it is a result that is to be read when somebody asks for its value."""
+    return isinstance(value, _OnDemand) and value.source is not None and value._held is None
+
+
+def _is_in_file(result):
+    return isinstance(result, _OnDemand) and isinstance(result.source, _File)
+
+
+def _at_hand(result):
+    """The value of a result, as far as it is in memory."""
+    if not _is_unread(result):
+        return result.value
+    return result.source.alive() if _is_in_file(result) else None
+
+
+class _File:
+    """A file with the frame that a task run has returned. Two who read it share what is alive."""
+
+    def __init__(self, storage, place, frame=None, again=None):
+        self._storage: PandasResult = storage
+        self._place: str = place  # its absolute path, or URL
+        self._again: Optional[_Again] = again
+        self.was_read: bool = False
+        self.alive: Any = _nothing if frame is None else weakref.ref(frame)
+        self._lock = threading.RLock()
+
+    def __reduce__(self):
+        return _File, (self._storage, self._place)
+
+    def __repr__(self):
+        return self._place
+
+    def read(self):
+        with self._lock:
+            frame = self.alive()
+            if frame is None:
+                frame = self._read()
+                self.alive = weakref.ref(frame)
+                self.was_read = True
+        return frame
+
+    def _read(self):
+        try:
+            return self._storage._load(self._place)
+        except ImportError:
+            raise  # The file may be as good as ever.
+        except Exception as exc:
+            found = f"{self._place} cannot be read ({type(exc).__name__}: {exc})"
+            aside = _set_aside(self._place, self._storage._storage_options)
+            if aside is not None:
+                found += f", so it is now {aside}"
+            if self._again is None:
+                raise ValueError(
+                    f"{found}. What the task was run on is not at hand here. Run the flow once "
+                    "more: without the file, the task will run."
+                ) from exc
+            return self._again(found)
+
+
+def _nothing():
+    return None
+
+
+class _Again:
+    """How a task run whose file was found can still take place, as far as its inputs are there."""
+
+    def __init__(self, task_runner, upstream_states):
+        self._task_runner: TaskRunner = task_runner
+        self._upstream_states: Dict[Edge, State] = upstream_states
+        self._context: dict = {k: v for k, v in prefect.context.items() if k != "config"}
+
+    def __call__(self, found):
+        name = self._context.get("task_full_name")
+        self._task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
+        state = self._task_runner.run(
+            upstream_states=self._upstream_states, context=dict(self._context)
+        )
+        if not state.is_successful():
+            raise ValueError(
+                f"{found}. The task run {name!r} took place again for that, but came to {state}. "
+                "Run the flow once more: without the file, the task will run."
+            )
+        return state.result
+
+
+class _Collection:
+    """Items that results hold, of which some are in files, put together when they are read."""
+
+    def __init__(self, results, collect):
+        self._results: dict = dict(results)
+        self._collect = collect
+
+    def items(self):
+        """As `read`, but an item that is to be read is left as it is."""
+        return self._collect({k: r if _is_unread(r) else r.value for k, r in self._results.items()})
+
+    def read(self):
+        return self._collect({key: result.value for key, result in self._results.items()})
+
+    def holds_data(self):
+        return any(
+            r.source.holds_data() if _is_unread(r) and not _is_in_file(r) else not _is_in_file(r)
+            for r in self._results.values()
+        )
+
+
+#: Tasks that Prefect puts in where a list, tuple or dict of tasks is an argument.
+_COLLECTIONS = tuple(getattr(_prefect_collections, name) for name in ("List", "Tuple", "Dict"))
+
+
+def _collect(task, items):
+    return task.run(**items)
+
+
+def _listed(items):
+    return list(items.values())
+
+
+class _Mapped(Mapped):
+    """The state of a mapped task; what its children have stored is read on demand."""
+
+    def _set_result(self, value):
+        if isinstance(value, list) and any(map(_is_unread, value)):
+            results = (item if _is_unread(item) else Result(item) for item in value)
+            value = _on_demand(_Collection(enumerate(results), _listed))
+        State.result.fset(self, value)
+
+    result = property(State.result.fget, _set_result)
+
+
+_Mapped.__name__ = "Mapped"
+
+
+def _hang_in(state):
+    """Where Prefect has handed on a result as if it were a value, make it the state's result."""
+    for name in ("value", "_held"):
+        value = vars(state._result).get(name)
+        if _is_unread(value):
+            state._result = value
+
+
 # The storage of a task ----------------------------------------------------------------------
 
 
-class PandasResult(_Storage):
+class PandasResult(_OnDemand, _Storage):
     """Store a task's DataFrame in a file that is named in full.
 
     `PandasResultHandler` is the same class. Give it to a task as `result_handler=` below Prefect
@@ -1285,7 +1589,8 @@ class PandasResult(_Storage):
         arguments first (this takes `DSTaskRunner`), then from the flow's parameters, then from
         `prefect.context` (`map_index`, `task_name`, `flow_name`, `today`, ...). Missing folders
         are made. From 0.11 on also a function of these fields as keyword arguments, and it can
-        be left out where the task has a `target`. A URL that fsspec understands is a path, too.
+        be left out where the task has a `target`. (Of arguments that are stored themselves, it
+        gets those which its signature names.) A URL that fsspec understands is a path, too.
     file_type : str, optional
         Which pair of pandas' `read_*` and `to_*` to use: "csv", "parquet", ... If left out, it
         follows from the extension of the path, with or without a compression (".csv.gz").
@@ -1352,7 +1657,10 @@ class PandasResult(_Storage):
         return task_run.location
 
     def _fill(self, values, task_run, is_own=False):
-        arguments = task_run.arguments() if task_run else {}
+        is_function = callable(self.path)
+        template = _Template("" if is_function else self.path or "")
+        named = inspect.signature(self.path).parameters if is_function else template.fields
+        arguments = task_run.arguments(named) if task_run else {}
         # Prefect passes its whole context along: given is what differs from that.
         offered = dict(prefect.context)
         given = {k: v for k, v in values.items() if k not in offered or v is not offered[k]}
@@ -1360,12 +1668,11 @@ class PandasResult(_Storage):
         context = {k: v for k, v in offered.items() if v is not None}
         first = (arguments, given) if is_own else (given, arguments)
         fields = ChainMap(*first, context.get("parameters", {}), context)
-        if callable(self.path):
+        if is_function:
             # As on Prefect's own results: what there is not, is None.
             return _check_path(self.path(**ChainMap(fields, offered)))
         if self.path is None:
             raise ValueError("There is no path: give one to PandasResult, or a target to the task.")
-        template = _Template(self.path)
         mapped = [e.key for e in task_run.upstream_states if e.mapped] if task_run else []
         is_child = mapped if task_run else "map_index" in context
         if is_child and (is_own or not template.fields):
@@ -1377,8 +1684,18 @@ class PandasResult(_Storage):
             frame = self._read(path, location)
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(f"{location} holds a {type(frame).__name__}, not a pandas DataFrame.")
-        self.logger.info("Task '%s': Loaded %s%s", _task_name(), location, _age(location))
+        self.logger.info("Task '%s': Loaded %s", _task_name(), location)
         return frame
+
+    def _check_ends(self, location):
+        """Raise if a file cannot be right, as far as that can be said without reading it."""
+        extension = os.path.splitext(location)[1].lower()[1:]
+        kinds = [_check_file_type(self._file_type, location)]
+        if "compression" in self.read_kwargs:
+            kinds = [""]
+        elif extension in _COMPRESSIONS:
+            kinds.append(extension)
+        _check_ends(location, self._storage_options, kinds)
 
     def _read(self, path, location):
         reader, kwargs = self._pandas(location, 0, self.read_kwargs)
@@ -1506,15 +1823,17 @@ def checkpoint_handler(task_runner, old_state, new_state):
     task_runner : prefect.engine.TaskRunner
         A `DSTaskRunner`, if the path has fields.
     old_state, new_state : prefect.engine.state.State
-        On Pending to Running the file is tried: if it can be read, the task's state becomes
-        Success with the frame; if there is none, the task runs; if there is one that cannot be
-        read, this is a warning, the task runs, and the file is kept beside the new one, with
-        ".unreadable-" and the time behind its name. On Running to Success the file is written.
+        On Pending to Running the file is looked for: if it is there, the task's state becomes
+        Success, and the file is read when a task that runs, or the user through `state.result`,
+        asks for the frame (with a task runner that is not a `DSTaskRunner`, at once). If there is
+        none, the task runs; if there is one that cannot be read, this is a warning, the task
+        runs, and the file is kept beside the new one, with ".unreadable-" and the time behind
+        its name. On Running to Success the file is written.
 
     Returns
     -------
     prefect.engine.state.State
-        `new_state`; Success with what was loaded; or Failed, with the exception as its result,
+        `new_state`; Success with what was found; or Failed, with the exception as its result,
         if the path cannot be filled, the value is not a DataFrame, or writing fails. A Failed
         task is retried as its `max_retries` say.
 
@@ -1534,10 +1853,10 @@ def checkpoint_handler(task_runner, old_state, new_state):
         return new_state
     try:
         if old_state.is_pending() and new_state.is_running():
-            result = _load_checkpoint(task_runner)
+            result = _find_checkpoint(task_runner)
             if result is not None:
-                new_state = Success(f"Loaded from {_location_of(result)}", result=result)
-                setattr(new_state, _LOADED, True)
+                new_state = Success(_found_message(task_runner), result=result)
+                setattr(new_state, _FOUND, True)
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
             _write_checkpoint(task_runner, new_state)
     except Exception as exc:
@@ -1573,16 +1892,20 @@ def _failed(task_runner, exc):
     return Failed(message, result=exc)
 
 
-def _load_checkpoint(task_runner):
+def _find_checkpoint(task_runner):
     """What is stored for this task run, as a result; None if it has to run."""
     storage, task_run = _storage_of(task_runner), _TaskRun.of(task_runner)
     location = _checkpoint_location(storage, task_run)
     if task_run.recomputes or task_run.is_unreadable:
         return None
-    if not _exists(location, storage._storage_options):
+    place, options, frame = storage._fixed(location), storage._storage_options, None
+    if not _exists(place, options):
         return None
     try:
-        return _stored(storage, location, storage._load(location))
+        storage._check_ends(place)
+        modified = _modified(place, options)
+        if not isinstance(task_runner, DSTaskRunner) or _KEEP in task_runner.task.tags:
+            frame = storage._load(location)
     except Exception as exc:
         task_run.is_unreadable = True
         storage.logger.warning(
@@ -1592,15 +1915,51 @@ def _load_checkpoint(task_runner):
             _task_name(), location, location, type(exc).__name__, exc,
         )  # fmt: skip
         return None
+    if modified is not None:
+        task_run.own_file = (modified, location)
+    if _is_out_of_date(task_run, location):
+        return None
+    storage.logger.info("Task '%s': Found %s%s", _task_name(), location, _age(modified))
+    if frame is not None:
+        return _stored(storage, location, frame, None)
+    again = _Again(task_runner, task_run.upstream_states)
+    return _stored(storage, location, None, _File(storage, place, again=again))
+
+
+def _found_message(task_runner):
+    location = _TaskRun.of(task_runner).location
+    return f"Found {location}, which is read when somebody asks for it."
+
+
+def _is_out_of_date(task_run, location):
+    """Whether to run a task since its file is older than one that it was made from."""
+    newest, own = task_run.newest_input, task_run.own_file
+    if newest is None or own is None or newest <= own:
+        return False
+    if _OUT_OF_DATE in _recompute_patterns():
+        task_run.recomputes = task_run.spreads = True
+        return True
+    said, task = _known_of_flow_run("out of date"), task_run.place[-2]
+    if task not in said:
+        said[task] = True
+        task_run.storage.logger.warning(
+            "Task '%s': %s is older than %s, which it was made from. To compute all again that is "
+            "out of date: recompute=%r.", _task_name(), location, newest[1], _OUT_OF_DATE,
+        )  # fmt: skip
+    return False
 
 
 def _write_checkpoint(task_runner, success):
     if _location_of(success._result) is None:
-        storage = _storage_of(task_runner)
-        location = _checkpoint_location(storage, _TaskRun.of(task_runner))
+        storage, task_run = _storage_of(task_runner), _TaskRun.of(task_runner)
+        location = _checkpoint_location(storage, task_run)
         frame = success.result
-        storage._save(frame, location)
-        success.result = _stored(storage, location, frame)
+        gives_it_back = storage._save(frame, location) and _KEEP not in task_runner.task.tags
+        place = storage._fixed(location)
+        modified = _modified(place, storage._storage_options)
+        task_run.own_file = modified and (modified, location)
+        file = _File(storage, place, frame) if gives_it_back else None
+        success.result = _stored(storage, location, frame, file)
 
 
 def _checkpoint_location(storage, task_run):
@@ -1616,6 +1975,9 @@ def _checkpoint_location(storage, task_run):
 
 #: In `prefect.context`: which tasks to run though their result is stored, set by the user.
 _RECOMPUTE = "recompute"
+
+#: Among the names of tasks in `recompute`: all whose files are older than those before them.
+_OUT_OF_DATE = "out-of-date"
 
 
 def _recompute_patterns():
@@ -1645,7 +2007,8 @@ class DSTaskRunner(TaskRunner):
     is cached, for one run: names of tasks, with `*` for any characters, separated by commas or
     in a list. A `+` behind a name means all tasks downstream as well, unless a task is named so:
     `flow.run(context={"recompute": "load+"})`, or `PREFECT__CONTEXT__RECOMPUTE="load+"` in the
-    environment; `*` is the whole flow.
+    environment; `*` is the whole flow, and `out-of-date` are all tasks whose files are older than
+    files that they were made from, with all that is downstream.
 
     Examples
     --------
@@ -1669,12 +2032,16 @@ class DSTaskRunner(TaskRunner):
             state = super().run(*args, **kwargs)
         if state is not given:
             task_run.mark(state)
+        if type(state) is Mapped:
+            state.__class__ = _Mapped
         return state
 
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what the upstream states say about this run."""
         task_run = _TaskRun.of(self)
         task_run.place = _place()
+        for upstream_state in upstream_states.values():
+            _hang_in(upstream_state)
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
         seen = [
             (edge, upstream_state)
@@ -1695,6 +2062,12 @@ class DSTaskRunner(TaskRunner):
             getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
         )
         task_run.recomputes = bool(matching) or task_run.spreads
+        newest = [
+            getattr(upstream_state, _NEWEST, None)
+            for edge, upstream_state in seen
+            if edge.key is not None
+        ]
+        task_run.newest_input = max(filter(None, newest), default=None)
         return state
 
     def get_task_inputs(self, state, upstream_states):
@@ -1711,11 +2084,11 @@ class DSTaskRunner(TaskRunner):
             return super().check_target(state, inputs=inputs)
         if isinstance(self.result, PandasResult):
             try:
-                result = _load_checkpoint(self)
+                result = _find_checkpoint(self)
             except Exception as exc:
                 raise ENDRUN(self.handle_state_change(state, _failed(self, exc))) from exc
             if result is not None:
-                cached = Cached(f"Loaded from {_location_of(result)}", result=result)
+                cached = Cached(_found_message(self), result=result)
                 return self.handle_state_change(state, cached)
         return self.check_task_is_cached(state, inputs) if recomputes else state
 
@@ -1732,6 +2105,21 @@ class DSTaskRunner(TaskRunner):
         """As Prefect's, if no input was purged."""
         self._check_inputs(state)
         return super().set_task_to_running(state, inputs=inputs)
+
+    def get_task_run_state(self, state, inputs, **kwargs):
+        """As Prefect's; moreover, read the inputs that are in files, if the task really runs."""
+        if not state.is_running():
+            return super().get_task_run_state(state, inputs=inputs, **kwargs)
+        if isinstance(self.task, _COLLECTIONS) and any(map(_is_unread, inputs.values())):
+            collection = _Collection(inputs, functools.partial(_collect, self.task))
+            collected = Success("Its items are read on demand.", result=_on_demand(collection))
+            return self.handle_state_change(state, collected)
+        try:
+            _TaskRun.of(self).read = [result.value for result in inputs.values()]
+        except Exception as exc:
+            message = f"Task '{_task_name()}' cannot read its inputs. {exc}"
+            return self.handle_state_change(state, Failed(message, result=exc))
+        return super().get_task_run_state(state, inputs=inputs, **kwargs)
 
     def _check_inputs(self, state):
         purged = ", ".join(map(repr, _TaskRun.of(self).purged_inputs))
@@ -1757,7 +2145,7 @@ class DSTaskRunner(TaskRunner):
         new_state = super().call_runner_target_handlers(old_state, new_state)
         if new_state.is_retrying():
             inputs = task_run.inputs or {}
-            _let_go_of_data(old_state.result, [result.value for result in inputs.values()])
+            _let_go_of_data(old_state.result, [*map(_at_hand, inputs.values()), *task_run.read])
         return new_state
 
 
@@ -1801,15 +2189,26 @@ _KEEP = "prefect-ds:keep"
 
 
 def _has_result(state):
-    """Whether a state has a result that can be purged."""
+    """Whether a state holds a result that can be dropped."""
     if not isinstance(state, State) or not state.is_successful():
         return False
-    return not (state.is_mapped() or state.is_skipped() or state._result is PurgedResult)
+    if state.is_mapped() or state.is_skipped() or state._result is PurgedResult:
+        return False
+    if _is_unread(state._result):
+        return not _is_in_file(state._result) and state._result.source.holds_data()
+    return True
 
 
-def _purge(state, given):
-    """Drop a state's result, unless the state is the caller's own: the one that was given."""
-    if _has_result(state) and (state is not given or getattr(state, _HELD, False)):
+def _drop(state, given, is_kept=False):
+    """Drop a state's result, unless the state is the caller's own: the one that was given.
+
+    What is in its file can be read again; other results are purged, or kept.
+    """
+    if not _has_result(state) or (state is given and not getattr(state, _HELD, False)):
+        return
+    if _is_in_file(state._result):
+        state._result.let_go()
+    elif not is_kept:
         state._result = PurgedResult
         vars(state).pop(_HELD, None)
 
@@ -1898,8 +2297,10 @@ class _TaskRecord:
             or _KEEP in task.tags
             or task.cache_for is not None
         )
+        #: whether its results stay; with a file, they stay there
+        self.is_kept: bool = is_kept
         #: by how many edges its results are still to be read
-        self.claims: float = float("inf") if is_kept else readers
+        self.claims: int = readers
         #: the edges through which it reads
         self.reads: List[Edge] = [edge for edge in flow.edges_to(task) if _is_read(edge)]
         #: how many of its calls may still read
@@ -1933,7 +2334,7 @@ class _Call:
         #: among the children of a mapped task; -1: the run of the task itself
         self.index: int = len(record.calls) - 1 if record else -1
         #: by how many edges its result is still to be read
-        self.claims: float = record.claims if record else 0
+        self.claims: int = record.claims if record else 0
 
         self.function = self.args = self.extra_context = None
         self.common: dict = {}  # keyword arguments that it shares with other calls of its task
@@ -2271,6 +2672,9 @@ class _Run:
         if call.record is not None:
             if _has_read_for_good(outcome) and not call.record.restarts:
                 self._release_inputs(call)
+            else:
+                for upstream in _edges_read(call):  # It can be read again, where it has a file.
+                    _drop(upstream.value, upstream.given, is_kept=True)
             self._release([call], 0)
         call.function = call.args = call.own = call.context = call.extra_context = None
         call.needs = call.dependents = _NO_CALLS
@@ -2298,26 +2702,26 @@ class _Run:
         for call in calls:
             call.claims -= claims
             if call.done and call.claims <= 0:
-                _purge(call.value, call.given)
+                _drop(call.value, call.given, call.record.is_kept)
 
     def _close(self):
         """If there will be no other round, drop what was held for one; else mark it."""
         ends = [call.value for record in self._terminal for call in record.calls]
         is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         for record in self._records.values():
-            is_kept = record.claims == float("inf")
-            for call in record.calls if not is_kept else ():
-                if is_finished:
-                    _purge(call.value, call.given)
-                elif call.value is not call.given and isinstance(call.value, State):
+            for call in record.calls:
+                _drop(call.value, call.given, record.is_kept or not is_finished)
+                is_own = call.value is not call.given and isinstance(call.value, State)
+                if is_own and not (is_finished or record.is_kept):
                     setattr(call.value, _HELD, True)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
         children = [call for record in self._records.values() for call in record.calls[1:]]
         done = [call.value for call in children if call.done and call.value.is_finished()]
-        loaded = sum(state.is_cached() or getattr(state, _LOADED, False) for state in done)
-        others = {"loaded": loaded} if loaded else {}
+        found = [s for s in done if s.is_cached() or getattr(s, _FOUND, False)]
+        read = sum(_is_in_file(s._result) and s._result.source.was_read for s in found)
+        others = {"found": len(found), "read": read} if found else {}
         others["failed"] = sum(state.is_failed() for state in done)
         every = [call for record in self._records.values() for call in record.calls]
         others["results alive"] = sum(
@@ -2441,7 +2845,8 @@ def _steps(piece):
                 kwargs[key] = _replace(kwargs[key], (_Call, State), stand_in)
         args = [_replace(arg, (_Call, State), stand_in) for arg in call.args]
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
-        steps.append((call.function, args, kwargs, call.context, call.claims, reads))
+        is_kept = call.record is None or call.record.is_kept
+        steps.append((call.function, args, kwargs, call.context, call.claims, is_kept, reads))
     return steps, sources
 
 
@@ -2658,9 +3063,11 @@ def _elsewhere(state, future, position):
 
 def _stays(outcome):
     """Whether an outcome holds a result that is not certain to be small."""
-    if isinstance(outcome, State):
-        return _has_result(outcome) and not _is_small(outcome.result)
-    return not _is_small(outcome)
+    if not isinstance(outcome, State):
+        return not _is_small(outcome)
+    if not _has_result(outcome) or _is_in_file(outcome._result):
+        return False
+    return _is_unread(outcome._result) or not _is_small(outcome.result)
 
 
 def _is_small(value):
@@ -2746,9 +3153,11 @@ def _run_pickled(payload, work):
 def _run_on_worker(payload, work, *sources):
     outcomes = _run_work(payload, work, *sources)
     for outcome in outcomes:
-        # A traceback does not travel; on the worker it would keep all that the task has read.
-        for error in _errors_behind(getattr(outcome, "result", None)):
-            error.__traceback__ = None
+        if isinstance(outcome, State):
+            _drop(outcome, None, is_kept=True)
+            # A traceback does not travel; on the worker it would keep all that the task has read.
+            for error in _errors_behind(_at_hand(outcome._result)):
+                error.__traceback__ = None
     return outcomes if any(map(_stays, outcomes)) else _Small(outcomes)
 
 
@@ -2762,12 +3171,12 @@ def _run_work(payload, work, *sources):
 def _run_steps(context, steps, sources=()):
     """Run the calls of a piece one after the other; return their outcomes."""
     outcomes: list = []
-    claims = []
+    claims: list = []
 
     def state_at(at):
         return (outcomes if at.source is None else sources[at.source])[at.position]
 
-    for function, args, kwargs, own_context, claimed, reads in steps:
+    for function, args, kwargs, own_context, claimed, _, reads in steps:
         kwargs = dict(kwargs)
         for key in _UPSTREAM_KEYWORDS:
             if key in kwargs:
@@ -2777,10 +3186,13 @@ def _run_steps(context, steps, sources=()):
         outcome = _run_call(function, _replace(args, _At, state_at), kwargs)
         outcomes.append(outcome)
         claims.append(claimed)
-        for position in reads if _has_read_for_good(outcome) else ():
+        given_back = reads if _has_read_for_good(outcome) else []
+        for position in given_back:
             claims[position] -= 1
+        for position in (*given_back, len(outcomes) - 1):
             if not claims[position]:
-                _purge(outcomes[position], steps[position][2].get("state"))
+                _, _, inputs, _, _, is_kept, _ = steps[position]
+                _drop(outcomes[position], inputs.get("state"), is_kept)
     return outcomes
 
 
@@ -2791,8 +3203,7 @@ def _run_call(function, args, kwargs):
     """
     outcome = _run_without_merging(function, args, kwargs)
     if isinstance(outcome, State):
-        if isinstance(outcome.result, BaseException):
-            _let_go_of_data(outcome.result, _values_read(args, kwargs))
+        _let_go_of_data(_at_hand(outcome._result), _values_read(args, kwargs))
         if _has_read_for_good(outcome):
             outcome.cached_inputs = {}
     return outcome
@@ -2836,7 +3247,7 @@ def _values_read(args, kwargs):
     for argument in (*args, kwargs.get("upstream_states")):
         for edge, upstream in _through_edges(argument):
             for state in _states_behind(edge, upstream):
-                yield state.result
+                yield _at_hand(state._result)
 
 
 def _errors_behind(error):
@@ -2944,7 +3355,8 @@ class DSFlowRunner(FlowRunner):
     def get_flow_run_state(self, state, executor, **kwargs):
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
         for pattern in _recompute_patterns():
-            if not any(_matches(pattern, task) for task in self.flow.tasks):
+            is_known = any(_matches(pattern, task) for task in self.flow.tasks)
+            if not is_known and pattern != _OUT_OF_DATE:
                 raise ValueError(
                     f"recompute={pattern!r} matches no task of this flow. It has: "
                     f"{', '.join(sorted({task.name for task in self.flow.tasks}))}."

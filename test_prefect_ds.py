@@ -851,8 +851,11 @@ def test_the_same_task_with_equal_arguments_may_share_a_file(executor):
 
 
 def test_a_file_belongs_to_one_task_run_only_as_long_as_its_flow_runs():
-    # A worker in this process may still have those of the last flow runs.
-    before = {claim.file for claims in prefect_ds._claims.values() for _, claim in claims.values()}
+    def claimed():
+        every = [known.get("claims", {}) for known in prefect_ds._known.values()]
+        return {claim.file for claims in every for _, claim in claims.values()}
+
+    before = claimed()  # A worker in this process may still have those of the last flow runs.
     with Flow("parameter") as flow:
         calls = Calls()
         calls.make(**stored("out.csv"))(Parameter("id", default=0))
@@ -868,8 +871,7 @@ def test_a_file_belongs_to_one_task_run_only_as_long_as_its_flow_runs():
         assert state.is_successful()
     del state, start
     gc.collect()
-    after = {claim.file for claims in prefect_ds._claims.values() for _, claim in claims.values()}
-    assert calls == [1, 1, 2, 2] and after <= before
+    assert calls == [1, 1, 2, 2] and claimed() <= before
 
 
 def test_a_file_still_belongs_to_a_task_run_in_later_rounds():
@@ -1659,7 +1661,8 @@ def test_says_that_lists_come_back_as_arrays(log):
 
 
 def test_compares_columns_even_if_their_order_changed(log):
-    pytest.importorskip("pyarrow")
+    if pytest.importorskip("pyarrow").__version__.startswith("1."):
+        pytest.skip("This release of pyarrow makes a column of the index.")
     frame = pandas.DataFrame({"part": [1, 2], "x": [1, 2]})
     storage = PandasResult("data.parquet", write_kwargs={"partition_cols": ["part"]})
     assert not storage._save(frame, "data.parquet")
@@ -1746,7 +1749,7 @@ def test_names_may_be_as_long_as_the_file_system_takes():
         calls = Calls()
         calls.make(**stored("{id}.csv"))(LONG_NAME)
     assert run(flow).is_successful() and files() == [LONG_NAME + ".csv"]
-    Path(LONG_NAME + ".csv").write_bytes(b'"')
+    Path(LONG_NAME + ".csv").write_bytes(b"")
     assert run(flow).is_successful() and len(calls) == 2
     assert len(files()) == 2
 
@@ -2082,13 +2085,14 @@ def test_runs_a_task_once_and_then_loads_it(executor, log):
     assert_frame_equal(second.result[plain].result, first.result[plain].result)
     for before, after in zip(first.result[mapped].result, second.result[mapped].result):
         assert_frame_equal(before, after)
-    assert second.result[plain].message == "Loaded from plain_1.csv"
+    assert second.result[plain].message.startswith("Found plain_1.csv")
     assert files() == ["mapped_2.csv", "mapped_3.csv", "plain_1.csv"]
     assert sorted(calls) == [1, 2, 3] or executor is EXECUTORS["dask"]
     said = log(logging.INFO)
     for name, path in [("make", "plain_1.csv"), ("mapped[1]", "mapped_3.csv")]:
         assert f"Task '{name}': Wrote {path}" in said
-        assert f"Task '{name}': Loaded {path}, written 0:00:0" in said
+        assert f"Task '{name}': Found {path}, written 0:00:0" in said
+        assert f"Loaded {os.path.abspath(path)}" in said
 
 
 def test_the_flow_runner_of_prefect_does_as_well():
@@ -2569,10 +2573,14 @@ def test_without_its_engine_the_task_fails_and_the_file_stays(is_there, monkeypa
     for module in [*engines, *(name for name in sys.modules if name.startswith("openpyxl."))]:
         monkeypatch.setitem(sys.modules, module, None)
     state = run(flow)
-    assert isinstance(failed(state, result), ImportError)
-    message = state.result[result].message
-    assert "Task 'make'" in message and "data.xlsx" in message and "openpyxl" in message
-    assert ("data.xlsx is there, but cannot be read" in log(logging.WARNING)) == is_there
+    if is_there:
+        with pytest.raises(ImportError, match=r"openpyxl|xlrd"):
+            _ = state.result[result].result
+    else:
+        assert isinstance(failed(state, result), ImportError)
+        message = state.result[result].message
+        assert "Task 'make'" in message and "data.xlsx" in message and "openpyxl" in message
+    assert log(logging.WARNING) == ""
     assert {name: Path(name).read_bytes() for name in files()} == before
 
 
@@ -2593,11 +2601,461 @@ def run_two_children():
 def test_processes_of_an_executor_write_and_find_the_files(processes, empty_folder):
     with Flow("processes") as flow:
         result = Calls().make(**stored(str(empty_folder / "data_{id}.csv"))).map([1, 2])
-    for message in ("Task run succeeded.", "Loaded from "):
+    for message in ("Task run succeeded.", "Found "):
         children = run(flow, executor=InOnePool(processes)).result[result].map_states
         assert [child.message.startswith(message) for child in children] == [True, True]
         assert [int(child.result.id[0]) for child in children] == [1, 2]
         assert files() == ["data_1.csv", "data_2.csv"]
+
+
+# What is stored lives in its file -----------------------------------------------------------
+
+
+def files_read(log):
+    """The names of the files that were read, in their order."""
+    lines = [line for line in log(logging.INFO).splitlines() if ": Loaded " in line]
+    return [os.path.basename(line.partition(": Loaded ")[2]) for line in lines]
+
+
+def run_by_prefects(flow, **kwargs):
+    """By Prefect's own flow runner, and `DSTaskRunner`."""
+    return FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
+        return_tasks=flow.tasks, task_runner_state_handlers=[checkpoint_handler], **kwargs
+    )
+
+
+def two_maps_and_more():
+    """Maps, a reduce, a list and a dictionary of tasks, of which each is stored."""
+
+    def make(name, path):
+        @task(name=name, **stored(path))
+        def made(x=0):
+            return pandas.DataFrame({"sum": [sum_of(x)]})
+
+        return made
+
+    with Flow("stored") as flow:
+        load = make("load", "load_{map_index}.pkl").map([1, 2, 3])
+        clean = make("clean", "clean_{map_index}.pkl").map(load)
+        total = make("total", "total.pkl")(clean)
+        in_list = make("list", "list.pkl")([load, total])
+        flow.last = make("dict", "dict.pkl")({"a": in_list, "b": [total]})
+    return flow
+
+
+def sum_of(x):
+    """The sum of all numbers in frames, and in collections of them."""
+    if isinstance(x, pandas.DataFrame):
+        return int(x.to_numpy().sum())
+    if isinstance(x, dict):
+        return sum_of(list(x.values()))
+    return sum(map(sum_of, x)) if isinstance(x, (list, tuple)) else x
+
+
+@pytest.mark.parametrize("run_by", [run, run_by_prefects])
+@on_each_executor
+def test_reads_only_what_a_task_that_runs_asks_for(executor, run_by, log):
+    flow = two_maps_and_more()
+    first = run_by(flow, executor=executor())
+    assert sum_of(first.result[flow.last].result) == 18
+    for deleted, expected in [
+        ([], []),
+        (["list.pkl"], ["load_0.pkl", "load_1.pkl", "load_2.pkl", "total.pkl"]),
+        (["clean_1.pkl"], ["load_1.pkl"]),
+        (["clean_2.pkl", "total.pkl"], ["clean_0.pkl", "clean_1.pkl", "load_2.pkl"]),
+    ]:
+        for name in deleted:
+            os.remove(name)
+        before = len(files_read(log))
+        state = run_by(flow, executor=executor())
+        read = set(files_read(log)[before:])
+        # On a cluster, what is written is read again by those who need it.
+        read -= set(deleted) if executor is EXECUTORS["dask"] else set()
+        assert sorted(read) == expected
+        assert state.is_successful() and sum_of(state.result[flow.last].result) == 18
+        assert files_read(log)[-1] == "dict.pkl"
+    if executor is not EXECUTORS["dask"]:
+        lists = [s.result for t, s in state.result.items() if t.name == "clean"]
+        assert sum_of(lists) == 6
+
+
+@pytest.mark.parametrize("executor", ["local", "threads", "dask"])
+def test_any_stored_flow_opens_only_what_it_must(executor, log):
+    first_seed = int(os.environ.get("PREFECT_DS_SEED", 0))
+    for seed in range(first_seed, first_seed + max(2, _EXAMPLES // 2)):
+        os.mkdir(str(seed))
+        os.chdir(str(seed))
+        dice = random.Random(seed)
+        flow, plan = drawn_flow(dice)
+        ours = EXECUTORS[executor]()
+        first = outcome_of(flow, run(flow, executor=ours))
+        deleted = {name for name in files() if dice.random() < 0.3}
+        for name in deleted:
+            os.remove(name)
+        before = len(files_read(log))
+        second = run(flow, executor=EXECUTORS[executor]())
+        read = set(files_read(log)[before:])
+        needed = files_that_must_be_read(plan, deleted)
+        # On a cluster, what is written is read again by those who need it.
+        read -= deleted if executor == "dask" else set()
+        assert read == needed, f"seed {seed}"
+        assert outcome_of(flow, second) == first, f"seed {seed}"
+        os.chdir("..")
+
+
+_Drawn = namedtuple("_Drawn", "name is_mapped is_stored inputs")
+
+
+def drawn_flow(dice):
+    """A flow of tasks that are stored or not, and how it was drawn."""
+    plan, results = [], []
+    with Flow("drawn") as flow:
+        for number in range(dice.randrange(3, 9)):
+            inputs = dice.sample(range(number), min(number, dice.randrange(3)))
+            is_mapped = dice.random() < 0.5
+            is_stored = dice.random() < 0.6
+            drawn = _Drawn(f"t{number}", is_mapped, is_stored, [plan[i] for i in inputs])
+            path = drawn.name + ("_{map_index}.pkl" if is_mapped else ".pkl")
+
+            @task(name=drawn.name, **(stored(path) if is_stored else {}))
+            def made(n, x=0, y=0):
+                return pandas.DataFrame({"sum": [n + sum_of(x) + sum_of(y)]})
+
+            n = [number, 1, 2] if is_mapped else number
+            arguments = {}
+            for key, i in zip("xy", inputs):
+                as_list = dice.random() < 0.3
+                value = results[i]
+                if not is_mapped or not plan[i].is_mapped:
+                    value = [value, 1] if as_list else value
+                    value = unmapped(value) if is_mapped else value
+                arguments[key] = value
+            results.append(made.map(n, **arguments) if is_mapped else made(n, **arguments))
+            plan.append(drawn)
+    return flow, plan
+
+
+def files_that_must_be_read(plan, deleted):
+    def runs(drawn):
+        """Pairs of a name of a file and whether its task run takes place."""
+        ends = [f"_{i}.pkl" for i in range(3)] if drawn.is_mapped else [".pkl"]
+        names = [drawn.name + end for end in ends]
+        return [(name, not drawn.is_stored or name in deleted) for name in names]
+
+    needed = set()
+    for drawn in plan:
+        for index, (_, takes_place) in enumerate(runs(drawn)):
+            for upstream in drawn.inputs if takes_place else []:
+                items = runs(upstream)
+                if drawn.is_mapped and upstream.is_mapped:
+                    items = items[index : index + 1]
+                needed |= {name for name, was_run in items if not was_run}
+    return needed
+
+
+def outcome_of(flow, state):
+    terminal = flow.terminal_tasks()
+    return {
+        task.name: (type(s).__name__, sum_of(s.result) if task in terminal else None)
+        for task, s in state.result.items()
+        if not task.name.startswith(("List", "Constant"))
+    }
+
+
+tables = []
+
+
+def table(frame=None):
+    """A frame that is counted while it is alive."""
+    new = pandas.DataFrame({"x": [1]})
+    tables.append(weakref.ref(new))
+    return new
+
+
+def tables_alive():
+    return sum(ref() is not None for ref in tables)
+
+
+@pytest.fixture
+def counted_tables(counted):
+    tables.clear()
+
+
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_what_was_written_is_dropped_also_at_the_end_of_a_map(executor, counted_tables):
+    peak = []
+
+    @task(**stored("{i}.pkl"))
+    def write(frame, i):
+        peak.append(tables_alive())
+        return table(frame)
+
+    @task
+    def load(i):
+        return table()
+
+    with Flow("writes") as flow:
+        numbers = list(range(10))
+        written = write.map(load.map(numbers), numbers)
+    state = run(flow, executor=EXECUTORS[executor]())
+    if executor == "local" or PURGES_ON_DASK:
+        assert max(peak) <= (2 if executor == "local" else 6) and tables_alive() == 0
+    assert [len(frame) for frame in state.result[written].result] == [1] * 10
+    assert tables_alive() <= (0 if executor == "local" or PURGES_ON_DASK else 20)
+
+
+def test_any_stored_result_is_there_after_the_run(counted_tables):
+    make = task(table, name="make", **stored("make.pkl"))
+    with Flow("any") as flow:
+        plain = task(table)()
+        first = make(plain)
+        task(table)(first)
+    state = run(flow)
+    assert state.result[plain]._result is PurgedResult
+    assert len(state.result[first].result) == 1
+
+
+def test_what_a_file_does_not_keep_stays_in_memory(counted_tables):
+    indexed = pandas.DataFrame({"x": [1]}, index=["a"])
+    with Flow("stays") as flow:
+        lossy = task(lambda: indexed, name="lossy", **stored("lossy.csv"))()
+        tagged = task(table, name="tagged", tags=["prefect-ds:keep"], **stored("tagged.pkl"))()
+    state = run(flow)
+    assert state.result[lossy].result is indexed
+    assert tables_alive() == 1 and len(state.result[tagged].result) == 1
+
+
+def test_what_a_retry_reads_again_is_dropped_until_then(counted_tables):
+    attempts, seen = [], []
+
+    @task(**stored("{i}.pkl"))
+    def load(i):
+        return table()
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def fit(frame):
+        attempts.append(1)
+        seen.append(tables_alive())
+        if len(attempts) <= 5:
+            raise ValueError("not yet")
+        return len(frame)
+
+    with Flow("retried") as flow:
+        fitted = fit.map(load.map([1, 2, 3, 4, 5]))
+    state = run(flow)
+    assert state.result[fitted].result == [1] * 5 and max(seen) <= 1
+
+
+def test_a_state_travels_as_a_place():
+    with Flow("travels") as flow:
+        result = Calls().make(**stored("data.pkl"))(1)
+    for _ in range(2):
+        there = pickle.loads(pickle.dumps(run(flow).result[result]))
+        assert not isinstance(vars(there._result).get("_held"), pandas.DataFrame)
+        assert_frame_equal(there.result, FRAME.assign(id=1))
+
+
+@purges_on_dask
+def test_stored_frames_do_not_come_to_the_client(processes):
+    with Flow("processes") as flow:
+        result = task(many_rows, **stored("{i}.pkl")).map([1, 2])
+    for _ in range(2):
+        children = run(flow, executor=InOnePool(processes)).result[result].map_states
+        assert all(len(pickle.dumps(child)) < 10_000 for child in children)
+        assert [prefect_ds._at_hand(child._result) for child in children] == [None, None]
+        assert [len(child.result) for child in children] == [100_000] * 2
+
+
+def many_rows(i):
+    return pandas.DataFrame({"x": range(100_000)})
+
+
+def test_two_readers_at_once_share_a_frame(counted_tables, log):
+    logging.disable(logging.NOTSET)
+    seen, both = [], threading.Barrier(2, timeout=30)
+
+    @task
+    def look(frame):
+        seen.append(id(frame))
+        both.wait()
+
+    with Flow("share") as flow:
+        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
+        look(frame)
+        look(frame)
+    for _ in range(2):
+        seen.clear()
+        executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+        assert run(flow, executor=executor).is_successful()
+        assert len(set(seen)) == 1
+    assert files_read(log) == ["data.pkl"]
+
+
+def test_maps_over_a_list_of_stored_tasks_and_reads_each_once(log):
+    with Flow("map over a list") as flow:
+        calls = Calls()
+        frames = [calls.make(**stored("{id}.pkl"))(i) for i in range(4)]
+        lengths = task(lambda frame: int(frame.id[0]), name="look").map(frames)
+    for _ in range(2):
+        assert run(flow).result[lengths].result == [0, 1, 2, 3]
+    assert files_read(log) == [f"{i}.pkl" for i in range(4)] and sorted(calls) == [0, 1, 2, 3]
+
+
+def test_who_is_handed_a_state_may_read_what_is_in_its_file():
+    seen = []
+
+    def trigger(upstream_states):
+        states = getattr(upstream_states, "values", lambda: upstream_states)()
+        seen.extend(sum_of(s.result) for s in states)
+        return True
+
+    with Flow("trigger") as flow:
+        many = task(lambda i: FRAME[["one"]] * i, name="many", **stored("many_{i}.pkl")).map([1, 2])
+        plain = task(lambda: FRAME[["one"]], name="plain", **stored("plain.pkl"))()
+        task(lambda a, b: None, name="last", trigger=trigger)(many, plain)
+    for _ in range(2):
+        assert run(flow).is_successful()
+    assert sum(seen) == 2 * (6 + 18)  # below 0.12 child by child
+
+
+def damage_the_middle(path):
+    """So that only reading the whole file can tell."""
+    content = bytearray(Path(path).read_bytes())
+    content[4:-4] = b"?" * (len(content) - 8)
+    Path(path).write_bytes(bytes(content))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
+    with Flow("damaged") as flow:
+        calls, later = Calls(), Calls()
+        first = calls.make(**stored("first_{id}.pkl")).map([1, 2])
+        second = task(lambda frame: later.append(1) or frame, **stored("second_{map_index}.pkl"))
+        second = second.map(first)
+        last = task(sum_of_ids)(second)
+    assert run(flow).result[last].result == 9
+    contents = {name: damage_the_middle(name) for name in ("first_1.pkl", "second_0.pkl")}
+    assert run(flow, executor=EXECUTORS[executor]()).result[last].result == 9
+    assert sorted(calls) == [1, 1, 2] and later == [1, 1, 1]
+    aside = [name for name in files() if ".unreadable-" in name]
+    assert len(aside) == 2 and len(files()) == 6
+    assert {Path(name).read_bytes() for name in aside} == set(contents.values())
+    assert "The task run 'make[0]' takes place again" in log(logging.WARNING)
+    assert run(flow).result[last].result == 9 and later == [1, 1, 1]
+
+
+def sum_of_ids(frames):
+    return sum(int(frame.id.sum()) for frame in frames)
+
+
+def test_a_reader_of_a_damaged_file_says_so_where_its_task_cannot_run_again():
+    with Flow("damaged") as flow:
+        made = task(table)()
+        copied = task(lambda frame: frame.copy(), name="copy", **stored("data.pkl"))(made)
+        waits = task(lambda: None, name="wait")(upstream_tasks=[copied])
+        last = task(lambda frame: len(frame), name="last")(copied, upstream_tasks=[waits])
+    run(flow)
+    damage_the_middle("data.pkl")
+    state = run(flow)
+    assert state.is_failed() and state.result[last].is_failed()
+    message = str(state.result[last].message)
+    assert os.path.abspath("data.pkl") in message and "Run the flow once more" in message
+    assert len(files()) == 1 and ".unreadable-" in files()[0]
+    state = run(flow)
+    assert state.result[last].result == 1 and "data.pkl" in files()
+
+
+@pytest.mark.parametrize("file_type", sorted({*prefect_ds._FILE_TYPES} & {*prefect_ds._ENDS}))
+@pytest.mark.parametrize("damage_to", ["begin", "end", "all"])
+def test_what_a_file_begins_and_ends_with_is_checked_when_it_is_found(file_type, damage_to, log):
+    name = "data." + EXTENSIONS.get(file_type, file_type)
+    frame = FRAME.astype({"one": "int32"})
+    try:
+        PandasResult(name)._save(frame, name)
+    except ImportError as missing:
+        pytest.skip(f"pandas needs another package for {file_type}: {missing}")
+    PandasResult(name)._check_ends(name)
+    content = Path(name).read_bytes()
+    damaged = {"begin": b"\0" * 8 + content[8:], "end": content[:-3], "all": b""}[damage_to]
+    if damage_to == "end" and file_type in ("excel", "hdf"):
+        damaged = b""  # These end in many ways.
+    Path(name).write_bytes(damaged)
+    with Flow("damaged") as flow:
+        made = task(lambda: frame, name="make", **stored(name))()
+    assert "Found" not in run(flow).result[made].message
+    assert f"{name} is there, but cannot be read" in log(logging.WARNING)
+
+
+@pytest.mark.parametrize("compression", prefect_ds._COMPRESSIONS)
+def test_compressed_files_begin_as_they_are_compressed(compression):
+    name = "data.json." + compression
+    try:
+        PandasResult(name)._save(FRAME, name)
+    except (ImportError, ValueError) as missing:
+        pytest.skip(f"pandas cannot write it: {missing}")
+    PandasResult(name)._check_ends(name)
+    Path(name).write_text("neither this nor that")
+    with pytest.raises(ValueError, match="begin and end"):
+        PandasResult(name)._check_ends(name)
+
+
+def make_older(*names):
+    """Put the time at which files were written an hour back."""
+    for name in names:
+        os.utime(name, (time.time() - 3600,) * 2)
+
+
+@on_each_executor
+def test_says_what_is_out_of_date_and_computes_it_if_it_is_told_to(executor, log):
+    with Flow("out of date") as flow:
+        calls = Calls()
+        first = calls.make(name="first", **stored("first_{id}.pkl")).map([1, 2])
+        between = task(lambda x: x, name="between").map(first)
+        second = task(lambda x: x, name="second", **stored("{map_index}.pkl")).map(between)
+        last = task(lambda x: x[0], name="last", **stored("last.pkl"))(second)
+    run(flow, executor=executor())
+    assert "is older" not in log(logging.WARNING) and run(flow, executor=executor()).is_successful()
+    make_older("0.pkl", "1.pkl")
+    assert run(flow, executor=executor()).is_successful()
+    said = [line for line in log(logging.WARNING).splitlines() if "is older than" in line]
+    assert len(said) == 1 and said[0].startswith("Task 'second[")
+    assert ".pkl is older than first_" in said[0] and "recompute='out-of-date'" in said[0]
+    for written in (["0.pkl", "1.pkl", "last.pkl"], []):
+        before = log(logging.INFO).count(": Wrote ")
+        state = run(flow, executor=executor(), context={"recompute": "out-of-date"})
+        lines = [line for line in log(logging.INFO).splitlines() if ": Wrote " in line][before:]
+        assert sorted(line.partition(": Wrote ")[2] for line in lines) == written
+        assert sum_of_ids([state.result[last].result]) == 3
+
+
+def test_a_function_for_a_path_gets_no_frame_that_it_does_not_name(log):
+    if not prefect_ds._FLOW_RUNNER_MAPS:
+        pytest.skip("Below Prefect 0.12 locations are not callable.")
+
+    def path(i, **fields):
+        assert fields["frame"] is None
+        return f"{i}.pkl"
+
+    with Flow("function") as flow:
+        first = Calls().make(**stored("first.pkl"))(1)
+        second = task(
+            lambda frame, i: frame, name="second", **{STORAGE: PandasResult(path, "pickle")}
+        )
+        second(first, 7)
+    for _ in range(2):
+        assert run(flow).is_successful()
+    assert files_read(log) == []
+
+
+def test_a_file_is_found_again_after_a_task_has_changed_the_folder(empty_folder):
+    with Flow("moves") as flow:
+        made = Calls().make(**stored("data.pkl"))(1)
+        moved = task(lambda: os.chdir("/"), name="move")(upstream_tasks=[made])
+        last = task(lambda frame: len(frame), name="last")(made, upstream_tasks=[moved])
+    for _ in range(2):
+        os.chdir(str(empty_folder))
+        assert run(flow).result[last].result == 3
 
 
 # As a Result of Prefect's own ---------------------------------------------------------------
@@ -3634,7 +4092,9 @@ def test_says_how_far_a_long_map_is(executor, log, impatient):
         assert not lines
     else:
         assert len(lines) > 1
-        assert lines[-1] == "Mapped task runs: 4 of 4 done, 1 loaded, 1 failed, 3 results alive"
+        assert (
+            lines[-1] == "Mapped task runs: 4 of 4 done, 1 found, 0 read, 1 failed, 0 results alive"
+        )
 
 
 def test_says_nothing_of_a_short_map(log):
@@ -3872,6 +4332,8 @@ def run_at_once():
     whole = contents_of_a_run(flow)
     warned = []
     handler = logging.Handler(logging.WARNING)
+    # Of files that others write meanwhile, some are newer than what was made from them.
+    handler.addFilter(lambda record: "is older than" not in record.getMessage())
     handler.emit = warned.append
     logging.getLogger("prefect").handlers = [handler]
     waiting, go = os.pipe()
@@ -4012,7 +4474,7 @@ def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
 def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
     here = [name for process, name in distributed.arrivals if process == str(os.getpid())]
     assert here == ["last", "last"]
-    assert {"load", "look_up"} <= {name for _, name in distributed.arrivals}
+    assert "look_up" in {name for _, name in distributed.arrivals}
 
 
 @purges_on_dask
