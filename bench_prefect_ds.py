@@ -71,6 +71,10 @@ OVERHEAD_BOUND = 0.05 if RELEASE >= (0, 14) else 0.6 if RELEASE >= (0, 12) else 
 RUNNERS = {"ours": DSFlowRunner, "own": partial(FlowRunner, task_runner_cls=DSTaskRunner)}
 WAYS = [*RUNNERS, "loop"]
 
+#: Whether Prefect's own `target` is there to compare with, and what it takes.
+TARGETS = PandasSerializer is not None
+CHECKPOINTING = {"PREFECT__FLOWS__CHECKPOINTING": "true"}
+
 logging.getLogger("prefect").setLevel(logging.CRITICAL)
 
 
@@ -553,6 +557,116 @@ def checkpointed(how, count, megabytes):
     return [run(flow, how, **kwargs) for _ in range(2)]
 
 
+def stored_stages(how, count, rows, stages=("load", "clean", "fit", "write")):
+    """A map through stages that all are stored, and the rest of what `flow.run` needs for it."""
+
+    def stored(path):
+        if how == "own":
+            result = LocalResult(dir=os.getcwd(), serializer=PandasSerializer("parquet"))
+            return {"result": result, "target": path}
+        return {STORAGE: PandasResultHandler(path)}
+
+    with Flow("stored stages") as flow:
+        frames = [rows] * count
+        for stage in stages:
+            function = make_named if stage == stages[0] else step_named
+            path = stage + "/{map_index}.parquet"
+            frames = task(function, name=stage, **stored(path)).map(frames)
+    return flow, {} if how == "own" else {"task_runner_state_handlers": [checkpoint_handler]}
+
+
+def second_run(how, count, megabytes):
+    """Seconds, and resident MB above start, of a run whose files are all there."""
+    rows = int(megabytes * 1e6 / 80)
+    flow, kwargs = stored_stages(how, count, rows)
+    if how != "loop":
+        run(stored_stages(how, 1, 10, ["warm"])[0], how, **kwargs)
+    run(flow, "ours" if how == "loop" else how, **kwargs)
+    gc.collect()
+    paths = glob.glob("*/[0-9]*.parquet")
+    assert len(paths) >= 4 * count
+
+    def work():
+        if how == "loop":
+            for path in paths:
+                pandas.read_parquet(path)
+        else:
+            run(flow, how, **kwargs)
+
+    samples = sampled(work)
+    return samples[-1][0], max(resident for _, resident in samples)
+
+
+def first_run_memory(how, count, megabytes):
+    """Resident MB above start of a first run that ends by a map that is stored."""
+    rows = int(megabytes * 1e6 / 80)
+    if how == "loop":
+
+        def work():
+            for index in range(count):
+                frame = step_named(step_named(make_named(rows)))
+                frame.to_parquet(f"{index}.parquet")
+                del frame
+
+        make_named(10).to_parquet("warm.parquet")
+    else:
+        with Flow("load, clean, write") as flow:
+            path = "write/{map_index}.parquet"
+            cleaned = task(step_named).map(task(make_named).map([rows] * count))
+            if how == "own":
+                result = LocalResult(dir=os.getcwd(), serializer=PandasSerializer("parquet"))
+                storage = {"result": result, "target": path}
+            else:
+                storage = {STORAGE: PandasResultHandler(path)}
+            task(step_named, name="write", **storage).map(cleaned)
+        kwargs = {} if how == "own" else {"task_runner_state_handlers": [checkpoint_handler]}
+        run(stored_stages(how, 1, 10, ["warm"])[0], how, **kwargs)
+        work = partial(run, flow, how, **kwargs)
+    return max(resident for _, resident in sampled(work))
+
+
+def client_memory(how, count, megabytes):
+    """Resident MB above start of the client, while two processes run a map that is stored."""
+    rows = int(megabytes * 1e6 / 80)
+    flow, kwargs = stored_stages(how, count, rows, ["load", "write"])
+    with executor_named("DaskExecutor, 2 processes") as executor:
+        run(stored_stages(how, 1, 10, ["warm"])[0], how, executor, **kwargs)
+        return max(r for _, r in sampled(partial(run, flow, how, executor, **kwargs)))
+
+
+def files_read(how, deleted, looks):
+    """How many files the second run of the flow of `example.py` reads, which has stored 49."""
+    read = []
+    original = pandas.read_parquet
+    pandas.read_parquet = lambda *args, **kwargs: read.append(args) or original(*args, **kwargs)
+    if how == "ours":
+        import prefect_ds
+
+        _, writer = prefect_ds._FILE_TYPES["parquet"]
+        prefect_ds._FILE_TYPES["parquet"] = (pandas.read_parquet, writer)
+    flow, kwargs = stored_stages(how, 12, 10)
+    with flow:
+        (fitted,) = flow.get_tasks("write")
+        if how == "own":
+            result = LocalResult(dir=os.getcwd(), serializer=PandasSerializer("parquet"))
+            storage = {"result": result, "target": "summary.parquet"}
+        else:
+            storage = {STORAGE: PandasResultHandler("summary.parquet")}
+        summary = task(summarize, **storage)(fitted)
+    run(flow, how, **kwargs)
+    for path in deleted:
+        os.remove(path)
+    read.clear()
+    state = flow.run(runner_cls=RUNNERS[how], executor=LocalExecutor(), **kwargs)
+    if looks:
+        assert len(state.result[summary].result) == 120
+    return len(read)
+
+
+def summarize(models):
+    return pandas.concat(models, ignore_index=True)
+
+
 def _checkpointed_loop(paths, count, rows):
     start = time.perf_counter()
     for index in range(count):
@@ -816,10 +930,9 @@ def rows_wide(sizes):
 
 def rows_checkpointed(sizes):
     count, megabytes = sizes.frames, sizes.megabytes / 10
-    env = {"PREFECT__FLOWS__CHECKPOINTING": "true"}
     taken = {
-        how: fresh(checkpointed, how, count, megabytes, env=env)
-        if how != "own" or PandasSerializer
+        how: fresh(checkpointed, how, count, megabytes, env=CHECKPOINTING)
+        if how != "own" or TARGETS
         else None
         for how in ("loop", "ours", "own")
     }
@@ -829,6 +942,50 @@ def rows_checkpointed(sizes):
             "ours", "own", "loop"
         )))  # fmt: skip
         yield Row(what.format(name, count, megabytes), "s", ours, own, loop)
+
+
+def rows_second_run(sizes):
+    for what, deleted, looks, bound in (
+        ("", [], False, 0),
+        (", the summary is looked at", [], True, 1),
+        (", one fit and the summary deleted", ["write/3.parquet", "summary.parquet"], False, 12),
+    ):
+        taken = [
+            fresh(files_read, how, deleted, looks, env=CHECKPOINTING) if how == "ours" or TARGETS
+            else None
+            for how in RUNNERS
+        ]  # fmt: skip
+        yield Row("files read in the second run, 49 stored" + what, "", *taken, None, bound)
+    count, megabytes = sizes.parts, sizes.megabytes / 10
+    taken = {
+        how: fresh(second_run, how, count, megabytes, env=CHECKPOINTING) or [None] * 2
+        for how in (WAYS if TARGETS else ["ours", "loop"])
+    }
+    what = f"second run, {4 * count} parquet files of {megabytes:g} MB"
+    seconds, peaks = ([taken.get(how, [None] * 2)[n] for how in WAYS] for n in range(2))
+    bound = 0.2 if RELEASE >= (0, 14) else None
+    yield Row(f"{what} (limit: to read them)", "s", *seconds, bound, "limit")
+    yield Row(f"peak memory, {what}", "MB", *peaks, 50)
+
+
+def rows_first_run(sizes):
+    count, megabytes = sizes.frames, sizes.megabytes
+    taken = [
+        fresh(first_run_memory, how, count, megabytes, env=CHECKPOINTING)
+        if how != "own" or TARGETS else None
+        for how in WAYS
+    ]  # fmt: skip
+    what = f"{count} frames of {megabytes} MB"
+    yield Row(f"peak memory, first run, {what}, the last map stored", "MB", *taken, 1.25, "limit")
+    if DASK_NAMES:
+        taken = [
+            fresh(client_memory, how, 20, megabytes, env=CHECKPOINTING)
+            if how != "own" or TARGETS else None
+            for how in RUNNERS
+        ]  # fmt: skip
+        what = f"20 frames of {megabytes} MB, 2 processes"
+        # One frame would be more.
+        yield Row(f"peak memory of the client, {what}, stored", "MB", *taken, None, megabytes)
 
 
 def rows_store(sizes):
@@ -865,6 +1022,8 @@ ROWS = [
     rows_chain,
     rows_wide,
     rows_checkpointed,
+    rows_second_run,
+    rows_first_run,
     rows_store,
 ]
 if DASK_NAMES:
@@ -998,14 +1157,14 @@ def main():
     parser.add_argument("--figure", metavar="FILE.svg", help="draw memory over time, no table")
     options = parser.parse_args()
     sizes = argparse.Namespace(
-        wide=1000, frames=40, megabytes=50, stored=500, chain=3000, original=None,
+        wide=1000, frames=40, parts=200, megabytes=50, stored=500, chain=3000, original=None,
         cluster=150, repeats=2, unit=1, layers=(8, 9, 10, 11, 20), patience=30,
         meeting=("frames_zip", "frames_diamond"),
     )  # fmt: skip
     if options.quick:
         # Below 0.14 a task run takes a hundred times as long.
         wide = 300 if RELEASE >= (0, 14) else 100
-        vars(sizes).update(wide=wide, frames=20, stored=100, chain=1000)
+        vars(sizes).update(wide=wide, frames=20, parts=40, stored=100, chain=1000)
         vars(sizes).update(cluster=50, repeats=1, unit=0.25, layers=(8, 16), patience=20)
         sizes.meeting = sizes.meeting[:1]
     if options.figure:
