@@ -24,10 +24,12 @@ import ctypes
 import datetime
 import errno
 import functools
+import gc
 import hashlib
 import inspect
 import io
 import itertools
+import logging
 import os
 import pathlib
 import pickle
@@ -46,7 +48,7 @@ import types
 import uuid
 import weakref
 import zlib
-from collections import ChainMap, Counter, namedtuple
+from collections import ChainMap, Counter, deque, namedtuple
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from enum import Enum
@@ -254,7 +256,7 @@ _CLAIM = "_prefect_ds_claim"
 #: The task was computed again, in the flow run that started at this time.
 _RECOMPUTED = "_prefect_ds_recomputed"
 
-#: All tasks downstream are to be computed again, too.
+#: All tasks downstream are to be computed again, too, in the flow run that started at this time.
 _SPREADS = "_prefect_ds_recompute_spreads"
 
 #: The task's file was found, so that it did not run.
@@ -281,7 +283,11 @@ class _Template(string.Formatter):
             {re.split(r"[.\[]", name)[0] for _, name, _, _ in parts if name is not None}
         )
         #: what stands before the first field: no value may lead out of its folder
-        self.head = parts[0][0] if parts else ""
+        self.head = ""
+        for literal, name, _, _ in parts:
+            self.head += literal
+            if name is not None:
+                break
 
     def fill(self, values):
         try:
@@ -293,8 +299,7 @@ class _Template(string.Formatter):
                 f"The path {self.path!r} cannot be filled: {reason}. There are the fields: {known}."
             ) from exc
         folder = os.path.dirname(self.head)
-        is_home = filled.startswith("~") and not folder
-        if self.fields and (is_home or not _is_inside(folder, filled)):
+        if self.fields and not _is_inside(folder, filled):
             raise ValueError(
                 f"The path {self.path!r} became {filled!r}, which leads out of the folder "
                 f"{folder or os.curdir!r} that it names. Nothing was read or written. Write that "
@@ -320,7 +325,7 @@ def _is_inside(folder, path):
     if _is_url(path):
         below = path[len(folder) :] if _is_url(folder) and path.startswith(folder + "/") else ".."
         return os.pardir not in below.split("/")
-    folder, path = os.path.abspath(folder), os.path.abspath(path)
+    folder, path = os.path.abspath(_local(folder)), os.path.abspath(_local(path))
     return path.startswith(os.path.join(folder, ""))
 
 
@@ -364,8 +369,8 @@ class _TaskRun:
         self.location: Optional[str] = None
         #: that the file at `location` belongs to it
         self.claim: Optional[_Claim] = None
-        #: whether the file at `location` is there but could not be read
-        self.is_unreadable: bool = False
+        #: the file at `location` that is there but could not be read, as `_identity` tells it
+        self.unreadable: Any = None
         #: what it has read, held until it ends: Prefect asks for it more than once
         self.read: list = []
         #: the newest file that its inputs were made from: when it was written, and where it is
@@ -456,7 +461,7 @@ class _TaskRun:
     def take(self, location):
         """Take the file for this task run; raise if it belongs to another one."""
         *_, slug, full_name = self.place
-        task = _describe_task(self.task_runner.task, slug)
+        task = _describe_task(self.task_runner.task, slug, self.storage)
         arguments = self._describe_arguments()
         claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
         with _claims_lock:
@@ -493,7 +498,7 @@ class _TaskRun:
         marks = {
             _ORIGIN: self.origin,
             _CLAIM: self.claim and tuple(self.claim),
-            _SPREADS: self.spreads,
+            _SPREADS: self.spreads and self.started,
             _RECOMPUTED: self.recomputes and self.started,
             _NEWEST: self.own_file or self.newest_input,
         }
@@ -529,10 +534,12 @@ _descriptions: "weakref.WeakKeyDictionary[Task, str]" = weakref.WeakKeyDictionar
 _tokens: "weakref.WeakKeyDictionary[types.FunctionType, str]" = weakref.WeakKeyDictionary()
 
 
-def _describe_task(task, slug):
+def _describe_task(task, slug, storage):
     """The same string for tasks that do the same."""
     if task not in _descriptions:
         parts = {"": f"{task.name} {type(task).__module__}.{type(task).__qualname__}"}
+        if isinstance(storage, PandasResult):
+            parts["storage"] = repr((storage._file_type, storage.read_kwargs, storage.write_kwargs))
         for name, value in vars(task).items():
             if name not in _TASK_ATTRIBUTES:
                 is_function = isinstance(value, types.FunctionType)
@@ -561,6 +568,10 @@ def _describe(value, origin):
             code = value.__code__
             closure = [cell.cell_contents for cell in value.__closure__ or ()]
             value = [code.co_filename, code.co_firstlineno, value.__qualname__, closure]
+        elif isinstance(value, type) or inspect.ismodule(getattr(value, "__self__", None)):
+            value = [value.__module__, value.__qualname__]
+        elif kind is functools.partial:
+            value = [value.func, value.args, value.keywords]
         elif kind in (set, frozenset):
             value = sorted(map(describe, value))
         elif kind is dict:
@@ -757,7 +768,9 @@ _ENDS: dict = {
 #: File types that keep values by the types of their columns; others by each value's text.
 _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
 
-#: How many rows of a frame are read back to see what its file type does not keep.
+#: Frames with up to so many cells are read back whole, to see what their file does not keep; of
+#: larger ones some rows.
+_MAX_CELLS = 200_000
 _SAMPLE_ROWS = 100
 
 #: Words that some reader of pandas takes for something else.
@@ -768,18 +781,29 @@ _WORDS = [
 ]  # fmt: skip
 
 
+#: Text that some reader or writer of pandas takes for something else.
+_PATTERNS = {
+    "return": "\r", "zero": "\0", "foreign": "[^\0-\x7f]", "error": "^#", "formula": "^=",
+    "digits": r"^[\d,]+$", "escaped": "_x[0-9A-Fa-f]{4}_", "long": r"^[\0-\U0010ffff]{32768}",
+}  # fmt: skip
+
+
 def _is_numbered(frame):
     return frame.index.equals(pandas.RangeIndex(len(frame)))
 
 
-def _kind_of(frame):
+def _kind_of(frame, file_type):
     """What frames have in common that a file type which keeps types keeps alike, or None."""
-    kinds = [str(dtype) for dtype in frame.dtypes]
-    for number in _objects(frame):
-        kinds[number] = pandas.api.types.infer_dtype(frame.iloc[:, number], skipna=True)
-        if kinds[number].startswith("mixed"):
-            return None  # Lists are kept in another way than dicts.
     index = frame.index
+    kinds = [
+        f"{dtype} of {dtype.categories.dtype}" if hasattr(dtype, "categories") else str(dtype)
+        for dtype in frame.dtypes
+    ]
+    objects = [frame.iloc[:, number] for number in _objects(frame)]
+    if file_type == "hdf" and (objects or not pandas.api.types.is_numeric_dtype(index.dtype)):
+        return None  # It keeps text by value.
+    if any(pandas.api.types.infer_dtype(values, skipna=True) != "string" for values in objects):
+        return None  # Lists are kept in another way than dicts.
     return (
         type(frame), type(index), index.dtype, tuple(index.names), _is_numbered(frame),
         tuple(frame.columns.names), tuple(zip(frame.columns, kinds)), len(frame) > 0,
@@ -792,17 +816,18 @@ def _objects(frame):
 
 
 def _sample(frame, file_type):
-    """A frame of few rows that loses in a file what `frame` would lose.
+    """A frame, of few rows if it is large, that loses in a file what `frame` would lose.
 
     File types keep column by column, so that a row of it need not be a row of `frame`: of each
     column it has the first and the last cells, and such that a reader takes for something else.
     """
-    if len(frame) <= _SAMPLE_ROWS:
+    is_by_value = file_type not in _KEEP_BY_TYPE or _kind_of(frame, file_type) is None
+    if len(frame) <= _SAMPLE_ROWS or (is_by_value and frame.size <= _MAX_CELLS):
         return frame
     half = _SAMPLE_ROWS // 10
     ends = [*range(half), *range(len(frame) - half, len(frame))]
     rows = [ends] * frame.shape[1]
-    if file_type not in _KEEP_BY_TYPE:
+    if is_by_value:
         rows = [[*ends, *found.values()] for found in _telling_rows(frame, file_type)]
     length = max(map(len, rows), default=len(ends))
     if length >= len(frame):
@@ -871,6 +896,9 @@ def _sorts(part, file_type, found):
     words = column.isin(_WORDS).values
     for word in set(column[words]):
         yield word, column.isin([word]).values
+    if column.str.contains("|".join(_PATTERNS.values()), na=False).any():
+        for name, pattern in _PATTERNS.items():
+            yield name, column.str.contains(pattern, na=False).values.astype(bool)
     if "text" not in found:
         numbers = pandas.to_numeric(column, errors="coerce").notna().values
         yield "text", ~(column.isna().values | words | numbers)
@@ -1030,21 +1058,23 @@ def _existing_file(path, storage_options):
 
 
 @contextmanager
-def _new_file(path, storage_options, unreadable=False):
+def _new_file(path, storage_options, unreadable=None):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
     A local file is written in a hidden folder beside its place, under its own name, which pandas
     writes into archives, and then renamed, as Luigi's `AtomicLocalFile` does:
     http://luigi.readthedocs.io/en/stable/api/luigi.local_target.html
+
+    If the file that is `unreadable` is there by then, it gets another name.
     """
+    place = path
     filesystem, path = _filesystem(path, storage_options)
     if filesystem is not None:
         with tempfile.TemporaryDirectory() as folder:
             local = os.path.join(folder, _as_pandas_knows_it(os.path.basename(path)))
             yield local
-            filesystem.invalidate_cache()
-            if unreadable:
-                _set_aside_there(filesystem, path)
+            if unreadable is not None:
+                _set_aside(place, storage_options, unreadable)
             _upload(filesystem, local, path)
         return
     path = os.path.realpath(path)  # A link stays a link to the new file.
@@ -1057,10 +1087,10 @@ def _new_file(path, storage_options, unreadable=False):
     try:
         yield partial
         _flush_to_disk(partial)
-        if unreadable:
-            _set_aside_here(path)
         with suppress(FileNotFoundError):
             shutil.copymode(path, partial)
+        if unreadable is not None:
+            _set_aside(path, storage_options, unreadable)
         _rename(partial, path)
     finally:
         _remove(hidden)
@@ -1174,15 +1204,26 @@ def _mark_of_upload(path):
     return f"{folder}/.{_shortened(name)}~upload"
 
 
-def _set_aside(path, storage_options):
-    """Give an unreadable file another name, which is returned; None if there is none."""
+def _identity(path, storage_options):
+    """What tells the file that is at a path now from any later one; None if there is none."""
     filesystem, path = _filesystem(path, storage_options)
-    if filesystem is None:
-        return _set_aside_here(os.path.realpath(path))
-    return _set_aside_there(filesystem, path)
+    try:
+        if filesystem is not None:
+            return filesystem.ukey(path)
+        found = os.stat(path)
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    except FileNotFoundError:
+        return None
 
 
-def _set_aside_here(path):
+def _set_aside(path, storage_options, unreadable):
+    """Give a file that cannot be read another name, and return that; None if it is gone."""
+    if _identity(path, storage_options) != unreadable:
+        return None  # Another one has been written meanwhile.
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is not None:
+        return _set_aside_there(filesystem, path)
+    path = os.path.realpath(path)
     folder, aside = os.path.dirname(path), _aside(path)
     try:
         os.replace(path, aside)
@@ -1194,8 +1235,6 @@ def _set_aside_here(path):
 
 
 def _set_aside_there(filesystem, path):
-    if not filesystem.exists(path):
-        return None
     aside = _aside(path)
     if _can_rename(filesystem):
         filesystem.mv(path, aside)
@@ -1473,13 +1512,17 @@ class _File:
         return frame
 
     def _read(self):
+        options = self._storage._storage_options
+        identity = _identity(self._place, options)
         try:
             return self._storage._load(self._place)
         except ImportError:
             raise  # The file may be as good as ever.
         except Exception as exc:
+            if identity != _identity(self._place, options):
+                return self._read()  # Another process has just written it.
             found = f"{self._place} cannot be read ({type(exc).__name__}: {exc})"
-            aside = _set_aside(self._place, self._storage._storage_options)
+            aside = _set_aside(self._place, options, identity)
             if aside is not None:
                 found += f", so it is now {aside}"
             if self._again is None:
@@ -1716,7 +1759,8 @@ class PandasResult(_OnDemand, _Storage):
                 f"{type(frame).__name__}. Nothing was written to {location}."
             )
         task_run = _TaskRun.current()
-        unreadable = task_run and task_run.is_unreadable and task_run.location == location
+        is_own = task_run is not None and task_run.location == location
+        unreadable = task_run.unreadable if is_own else None
         place = self._fixed(location)
         with _new_file(place, self._storage_options, unreadable) as path:
             self._write(frame, path, location)
@@ -1741,7 +1785,7 @@ class PandasResult(_OnDemand, _Storage):
         file_type = _check_file_type(self._file_type, location)
         if file_type == "pickle":
             return {}
-        kind = _kind_of(frame) if file_type in _KEEP_BY_TYPE else None
+        kind = _kind_of(frame, file_type) if file_type in _KEEP_BY_TYPE else None
         key = (file_type, repr((self.read_kwargs, self.write_kwargs)), kind)
         if kind and key in _checked:
             return _checked[key]
@@ -1896,18 +1940,19 @@ def _find_checkpoint(task_runner):
     """What is stored for this task run, as a result; None if it has to run."""
     storage, task_run = _storage_of(task_runner), _TaskRun.of(task_runner)
     location = _checkpoint_location(storage, task_run)
-    if task_run.recomputes or task_run.is_unreadable:
+    if task_run.recomputes or task_run.unreadable is not None:
         return None
     place, options, frame = storage._fixed(location), storage._storage_options, None
     if not _exists(place, options):
         return None
+    identity = _identity(place, options)
     try:
         storage._check_ends(place)
         modified = _modified(place, options)
         if not isinstance(task_runner, DSTaskRunner) or _KEEP in task_runner.task.tags:
             frame = storage._load(location)
     except Exception as exc:
-        task_run.is_unreadable = True
+        task_run.unreadable = identity
         storage.logger.warning(
             "Task '%s': %s is there, but cannot be read, so the task runs. Its new file will "
             "take this name; the old one is kept beside it, as %s.unreadable-<time>. Reason: "
@@ -2059,7 +2104,7 @@ class DSTaskRunner(TaskRunner):
             self._check_inputs(state)
         matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
         task_run.spreads = any(_spreads(p, self.task) for p in matching) or any(
-            getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
+            getattr(upstream, _SPREADS, None) == task_run.started for _, upstream in seen
         )
         task_run.recomputes = bool(matching) or task_run.spreads
         newest = [
@@ -2097,6 +2142,8 @@ class DSTaskRunner(TaskRunner):
         task_run = _TaskRun.of(self)
         if not task_run.recomputes:
             return super().check_task_is_cached(state, inputs=inputs)
+        # Of several results, Prefect takes the oldest one.
+        prefect.context.get("caches", {}).pop(self.task.cache_key or self.task.name, None)
         if state.is_cached() and getattr(state, _RECOMPUTED, None) != task_run.started:
             return self.handle_state_change(state, Pending("Its cache is to be recomputed."))
         return state
@@ -3265,16 +3312,22 @@ def _let_go_of_data(error, inputs):
     A traceback keeps the local variables of the calls that it names, and of those that led
     there. Variables that hold data get a few words instead; all others stay, for a debugger.
     """
-    under_way = set(map(id, _frames_from(sys._getframe())))
     known = set(map(id, inputs)) - set(map(id, (None, True, False)))
+    steps = []
     for behind in _errors_behind(error):
-        steps = [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
-        callers = _frames_from(steps[0].f_back if steps else None)
-        steps += itertools.takewhile(lambda frame: id(frame) not in under_way, callers)
-        for frame in steps:
-            # A generator may go on, with all that it has.
-            if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
-                _empty(frame, known)
+        steps += [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
+        steps += _frames_from(steps[0].f_back if steps else None)
+    # Asked after that: in another thread, a task may still run that has raised the same error.
+    under_way = _calls_under_way() if steps else ()
+    for frame in steps:
+        # A generator may go on, with all that it has.
+        if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
+            _empty(frame, known)
+
+
+def _calls_under_way():
+    """The ids of all frames that run, in any thread; to hold these frames would be a cycle."""
+    return {id(f) for top in sys._current_frames().values() for f in _frames_from(top)}
 
 
 def _frames_from(frame):
@@ -3284,7 +3337,10 @@ def _frames_from(frame):
 
 
 #: What counts as data wherever it comes from, and what of Prefect holds it.
-_DATA = (pandas.DataFrame, pandas.Series, pandas.Index, State, Result)
+_DATA = (pandas.DataFrame, pandas.Series, pandas.Index, numpy.ndarray, State, Result)
+
+#: What is not looked into: it belongs to no task run, and leads everywhere.
+_COMMON = (type, types.ModuleType, types.FrameType, types.CodeType, logging.Logger, Task)
 
 _CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -3300,16 +3356,23 @@ def _empty(frame, known):
         _set_local(frame, name, f"<{type(value).__name__} that the task had, let go of>")
 
 
-def _holds_data(value, known, depth=3):
-    if id(value) in known or isinstance(value, _DATA):
-        return True
-    if not depth or isinstance(value, (str, bytes, type, Task)) or inspect.isroutine(value):
-        return False
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple, set)):
-        value = getattr(value, "__dict__", {}).values()
-    return any(_holds_data(item, known, depth - 1) for item in itertools.islice(value, 100))
+def _holds_data(value, known):
+    """Whether data can be reached from a value, among the first things that it refers to."""
+    seen: set = set()
+    ahead = deque([value])
+    while ahead and len(seen) < 1000:
+        value = ahead.popleft()
+        kind = type(value)  # `isinstance` might ask the value.
+        if id(value) in known or issubclass(kind, _DATA):
+            return True
+        if id(value) in seen or issubclass(kind, _COMMON):
+            continue
+        seen.add(id(value))
+        if kind is types.FunctionType:  # not its module
+            ahead.extend((value.__closure__, value.__defaults__, value.__kwdefaults__))
+        else:
+            ahead.extend(gc.get_referents(value))
+    return False
 
 
 class DSFlowRunner(FlowRunner):

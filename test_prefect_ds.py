@@ -27,7 +27,7 @@ import weakref
 import zipfile
 import zlib
 from collections import ChainMap, Counter, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -607,6 +607,10 @@ def test_a_field_that_nothing_provides_fails_the_task():
         ("{id}.csv", "~/out"),
         ("{id}/data.csv", "~"),
         ("~{id}/data.csv", "root"),
+        ("{id}.csv", "file:///tmp/out"),
+        ("{id}/data.csv", "local:///tmp/out"),
+        ("file://{id}.csv", "/tmp/out"),
+        ("in/{{raw}}/{id}.csv", "../out"),
     ],
 )
 def test_a_value_cannot_lead_out_of_the_folder(path, value):
@@ -734,6 +738,13 @@ def one_function_in_two_tasks(calls):
     making(2)()
 
 
+def one_function_with_two_separators(calls):
+    make = storing(calls).run
+    for sep in ",;":
+        kwargs = {"write_kwargs": {"sep": sep}, "read_kwargs": {"sep": sep}}
+        task(make, name="make", **stored("out.csv", **kwargs))(1)
+
+
 def tasks_with_other_attributes(calls):
     class Make(Task):
         def __init__(self, x, **kwargs):
@@ -790,6 +801,7 @@ CLASHES.update(
         one_task_twice_with_frames,
         one_task_twice_with_large_constants,
         one_function_in_two_tasks,
+        one_function_with_two_separators,
         tasks_with_other_attributes,
         two_spellings,
     )
@@ -1644,6 +1656,66 @@ def test_says_so_of_names_and_types(frame, sentence, log):
     assert sentence in log(logging.WARNING)
 
 
+_NOT_KEPT = {
+    "return.csv": "x\ry",
+    "accent.html": "Z\xfcrich",
+    "thousands.html": "1,234",
+    "error.xlsx": "#REF!",
+    "formula.xlsx": "=1+1",
+    "long.xlsx": "x" * 40_000,
+    "label.h5": "nan",
+}
+
+
+@pytest.mark.parametrize("rows", [300, 250_000])
+@pytest.mark.parametrize("name", _NOT_KEPT)
+def test_says_so_of_one_cell_in_the_middle_that_is_not_kept(name, rows, log):
+    if rows > 300 and name.endswith((".xlsx", ".h5")):
+        pytest.skip("To write it takes too long.")
+    text = [f"text {n}" for n in range(rows)]
+    text[150] = _NOT_KEPT[name]
+    frame = pandas.DataFrame({"a": text})
+    if name == "label.h5":
+        frame = pandas.DataFrame({"a": range(rows)}, index=text)
+    storage = PandasResult(name)
+    try:
+        is_kept = storage._save(frame, name)
+    except ImportError as missing:
+        pytest.skip(f"pandas needs another package: {missing}")
+    except ValueError:
+        return  # It is not written, then.
+    assert is_kept == storage._load(name).equals(frame)
+    assert ("does not keep all" in log(logging.WARNING)) == (not is_kept)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [{"x": 1}] * 150 + [{"y": 2}] + [{"x": 1}] * 149,
+        [None] * 150 + [[1, 2]] + [None] * 149,
+        [datetime.datetime(2020, 1, 1)] * 300,
+    ],
+    ids=["dicts", "lists", "datetimes"],
+)
+def test_says_so_of_objects_in_the_middle_of_a_parquet_file(column, log):
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"a": pandas.Series(column, dtype=object)})
+    PandasResult("data.parquet")._save(frame, "data.parquet")
+    restored = PandasResult("data.parquet")._load("data.parquet")
+    is_equal = list(map(repr, restored.a)) == list(map(repr, frame.a))
+    assert (log(logging.WARNING) == "") == (is_equal and restored.a.dtype == object)
+
+
+def test_says_so_of_each_type_of_categories(log):
+    pytest.importorskip("pyarrow")
+    kept = []
+    for name, values in [("words", ["x", "y"]), ("numbers", [1, 2])]:
+        frame = pandas.DataFrame({"c": pandas.Categorical(values)})
+        kept.append(PandasResult("{n}.parquet")._save(frame, name + ".parquet"))
+        restored = PandasResult("{n}.parquet")._load(name + ".parquet")
+        assert kept[-1] == (restored.dtypes["c"] == frame.dtypes["c"])
+
+
 def test_compares_floats_exactly(log):
     frame = pandas.DataFrame({"x": [0.123456789, 2.5]})
     assert not PandasResult("data.csv", write_kwargs={"float_format": "%.6f"})._save(
@@ -2429,6 +2501,26 @@ def test_a_file_that_cannot_be_read_is_kept_beside_the_new_one(log):
     assert "data.pkl is there, but cannot be read" in log(logging.WARNING)
     assert_frame_equal(run(flow).result[result].result, FRAME.assign(id=1))
     assert calls == [1, 1]
+
+
+def test_a_file_that_cannot_be_read_is_kept_also_where_two_replace_it():
+    both = threading.Barrier(2, timeout=30)
+
+    @task(**stored("data.pkl"))
+    def make():
+        both.wait()
+        return FRAME
+
+    Path("data.pkl").write_bytes(b"damaged")
+    os.chmod("data.pkl", 0o600)
+    with Flow("two") as flow:
+        make()
+        make()
+    executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+    assert run(flow, executor=executor).is_successful()
+    (aside,) = set(files()) - {"data.pkl"}
+    assert Path(aside).read_bytes() == b"damaged"
+    assert os.name == "nt" or os.stat("data.pkl").st_mode & 0o777 == 0o600
 
 
 def test_a_file_that_cannot_be_read_stays_if_the_task_fails():
@@ -3415,6 +3507,30 @@ def test_names_of_tasks_in_a_list_are_literal(recompute, computed):
     assert {name for name, _, _ in calls} == computed
 
 
+def test_what_was_cached_before_is_forgotten_when_it_is_recomputed(log):
+    numbers, seen = [], []
+
+    @task(cache_for=timedelta(hours=1))
+    def raw():
+        numbers.append(1)
+        return len(numbers)
+
+    @task(**stored("made.pkl"))
+    def make(number):
+        seen.append(number)
+        return FRAME
+
+    with Flow("forget") as flow:
+        number = raw()
+        make(number)
+        look = task(lambda number: number, name="look")(number)
+    looked = []
+    for recompute in ("", "raw+", "", "raw", "", ""):
+        state = run(flow, context={"recompute": recompute})
+        looked.append(state.result[look].result)
+    assert looked == [1, 2, 2, 3, 3, 3] and seen == [1, 2]
+
+
 def test_recomputes_what_is_cached():
     attempts = []
 
@@ -3876,6 +3992,105 @@ def test_a_debugger_shows_all_but_the_data():
     assert "frame" not in seen or "DataFrame" in str(seen["frame"])
     assert not any(isinstance(value, pandas.DataFrame) for value in seen.values())
     assert all(child.is_failed() for child in state.result[failure].map_states)
+
+
+class BrokenClient:
+    """Keeps the error that broke it, and raises it for everyone."""
+
+    error = ConnectionError("broken")
+
+    def get(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("has_closure", [False, True])
+def test_an_error_takes_nothing_from_a_task_that_runs_in_another_thread(has_closure):
+    client, caught, failed_there = BrokenClient(), threading.Event(), threading.Event()
+
+    def forgive(i):
+        frame = pandas.DataFrame({"i": [i]})
+        if i == 1:
+            caught.wait(30)
+            try:
+                client.get()
+            finally:
+                threading.Timer(0.5, failed_there.set).start()
+        with suppress(ConnectionError):
+            client.get()
+        caught.set()
+        failed_there.wait(30)
+        return (lambda: frame)() if has_closure else frame
+
+    def forgive_plainly(i):
+        frame = pandas.DataFrame({"i": [i]})
+        if i == 1:
+            caught.wait(30)
+            try:
+                client.get()
+            finally:
+                threading.Timer(0.5, failed_there.set).start()
+        try:
+            client.get()
+        except ConnectionError:
+            caught.set()
+        failed_there.wait(30)
+        return frame
+
+    with Flow("one error") as flow:
+        result = task(forgive if has_closure else forgive_plainly, name="get").map([0, 1])
+    executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+    good, bad = run(flow, executor=executor).result[result].map_states
+    assert bad.is_failed() and isinstance(bad.result, ConnectionError)
+    assert_frame_equal(good.result, pandas.DataFrame({"i": [0]}))
+
+
+class Row:
+    """An object that is not asked for what it has in ways that it does not expect."""
+
+    __slots__ = ("columns",)
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __getattr__(self, name):
+        return self.columns[name]
+
+
+def test_an_error_is_that_of_the_task_whatever_its_variables_are():
+    @task
+    def fail():
+        row = Row(a=1)
+        raise ValueError(row.a)
+
+    with Flow("row") as flow:
+        failure = fail()
+    assert isinstance(failed(run(flow), failure), ValueError)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda frame: frame.to_numpy(),
+        lambda frame: iter([frame]),
+        lambda frame: functools.partial(pandas.concat, frame),
+        lambda frame: frame.sum,
+        lambda frame: Row(frame=frame),
+        lambda frame: {1: {2: {3: {4: frame}}}},
+        lambda frame: lambda: frame,
+    ],
+    ids=["array", "iterator", "partial", "method", "slots", "nested", "closure"],
+)
+def test_an_error_holds_no_data_wherever_it_is(hide, counted_tables):
+    @task
+    def fail(frame):
+        hidden = hide(frame)
+        raise ValueError(hidden is None)
+
+    with Flow("hidden") as flow:
+        failure = fail.map(task(lambda i: table(), name="make").map([1, 2, 3]))
+    state = run(flow)
+    assert state.is_failed() and len(state.result[failure].map_states) == 3
+    assert tables_alive() == 0
 
 
 def test_a_debugger_shows_what_is_not_data():
