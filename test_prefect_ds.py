@@ -195,7 +195,7 @@ INTERNALS = [
     (
         "prefect.engine.flow_runner.FlowRunner.get_flow_run_state",
         "state task_states task_contexts return_tasks task_runner_state_handlers executor",
-        "DSFlowRunner: the executor is replaced here",
+        "DSFlowRunner: the executor is replaced here; _HAND_ON",
     ),
     (
         "prefect.engine.task_runner.TaskRunner.check_upstream_finished",
@@ -241,6 +241,15 @@ INTERNALS = [
     ("prefect.engine.runner.ENDRUN", "state", "DSTaskRunner.check_upstream_finished"),
     ("prefect.engine.result.Result.__init__", "value", "PandasResult, PurgedResult"),
     ("prefect.engine.result.NoResult", None, "PurgedResult"),
+    (
+        "prefect.engine.task_runner.TaskRunner.get_task_run_state",
+        "state inputs",
+        "DSTaskRunner: stored inputs are read here",
+    ),
+    ("prefect.engine.state.State.result.fget.__code__", None, "_who_asks"),
+    ("prefect.tasks.core.collections.List.run", "task_results", "_COLLECTIONS"),
+    ("prefect.tasks.core.collections.Tuple.run", "task_results", "_COLLECTIONS"),
+    ("prefect.tasks.core.collections.Dict.run", "keys values", "_COLLECTIONS"),
     ("prefect.engine.state.State.result", None, "what a purged state shows"),
     ("prefect.engine.state.Success()._result", None, "what is purged"),
     ("prefect.engine.state.Success().cached_inputs", None, "_run_call"),
@@ -274,21 +283,31 @@ if prefect_ds._FLOW_RUNNER_MAPS:
         (
             "prefect.engine.flow_runner.run_task",
             "task state upstream_states context upstream_mapped_states",
-            "_Run",
+            "_Run, _HAND_ON",
         ),
         ("prefect.engine.result.Result.copy", "", "PandasResult"),
+        (
+            "prefect.engine.task_runner.TaskRunner.check_task_ready_to_map",
+            "state upstream_states",
+            "_HAND_ITEMS_ON",
+        ),
+        (
+            "prefect.utilities.executors.prepare_upstream_states_for_mapping",
+            "state upstream_states",
+            "_HAND_ITEMS_ON",
+        ),
     ]
 else:
     INTERNALS += [
         (
             "prefect.engine.flow_runner.FlowRunner.run_task",
             "task state upstream_states context executor",
-            "_Run",
+            "_Run, _HAND_ON",
         ),
         (
             "prefect.engine.task_runner.TaskRunner.run_mapped_task",
             "state upstream_states context executor",
-            "_Run.map",
+            "_Run.map, _HAND_ITEMS_ON",
         ),
         (
             "prefect.engine.task_runner.TaskRunner.wait_for_mapped_task",
@@ -5196,11 +5215,24 @@ def cluster_address():
         yield client.scheduler.address
 
 
+class OwnExecutor(LocalExecutor):
+    """A user's own, which is to be used."""
+
+    def submit(self, fn, *args, **kwargs):
+        self.has_submitted = True
+        return super().submit(fn, *args, **kwargs)
+
+    def wait(self, futures):
+        assert self.has_submitted
+        return super().wait(futures)
+
+
 @pytest.mark.parametrize("pausing", [False, True])
 @pytest.mark.parametrize(
     "name, share",
     [
         ("local", 1),
+        ("own", 3),
         ("synchronous", 2),
         pytest.param("threads", 3, marks=purges_on_dask),
         pytest.param("processes", 4, marks=purges_on_dask),
@@ -5212,6 +5244,7 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
     pool = request.getfixturevalue("processes") if name == "processes" else None
     executor = {
         "local": LocalExecutor,
+        "own": OwnExecutor,
         "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
         "threads": lambda: LocalDaskExecutor(scheduler="threads"),
         "processes": lambda: InOnePool(pool),
