@@ -1087,7 +1087,7 @@ def _new_file(path, storage_options, unreadable=None):
     try:
         yield partial
         _flush_to_disk(partial)
-        with suppress(FileNotFoundError):
+        if os.access(path, os.R_OK):
             shutil.copymode(path, partial)
         if unreadable is not None:
             _set_aside(path, storage_options, unreadable)
