@@ -10,6 +10,8 @@ The entry points, in the order in which data goes through them:
     A `TaskRunner` that lets the task's arguments fill the template in the path.
 `DSFlowRunner`
     A `FlowRunner` that drops each result as soon as its last reader has finished.
+`DSExecutor`
+    An `Executor` that does all this where Prefect chooses the runners: under Server and Cloud.
 `PurgedResult`
     What a dropped result is replaced with.
 
@@ -58,13 +60,15 @@ import numpy
 import pandas
 import prefect
 import psutil
-from prefect.core import Edge, Task
+from prefect.core import Edge, Flow, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
+from prefect.engine.cloud import CloudTaskRunner
 from prefect.engine.flow_runner import FlowRunner
 from prefect.engine.result import NoResult, Result
 from prefect.engine.runner import ENDRUN
 from prefect.engine.state import Cached, Failed, Mapped, Pending, State, Success
 from prefect.engine.task_runner import TaskRunner
+from prefect.tasks.core.constants import Constant
 from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
 
@@ -81,6 +85,7 @@ __all__ = [
     "checkpoint_handler",
     "DSTaskRunner",
     "DSFlowRunner",
+    "DSExecutor",
     "PurgedResult",
 ]
 
@@ -104,9 +109,9 @@ _FLOW_RUNNER_MAPS = hasattr(_prefect_flow_runner, "run_task")
 _CONTEXT_CONFIGURES = tuple(map(int, prefect.__version__.split(".")[:2])) >= (0, 13)
 
 try:
-    from prefect.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
+    from prefect.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 except ImportError:  # below 0.14
-    from prefect.engine.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
+    from prefect.engine.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 
 #: Tasks that Prefect runs again in every later round of an unfinished flow, where it has them.
 _RESTARTED: tuple = (getattr(prefect.tasks.secrets, "SecretBase", ()),)
@@ -243,7 +248,7 @@ _CLAIM = "_prefect_ds_claim"
 #: The task was computed again, in the flow run that started at this time.
 _RECOMPUTED = "_prefect_ds_recomputed"
 
-#: All tasks downstream are to be computed again, too.
+#: All tasks downstream are to be computed again, too. `DSExecutor` has it in the context as well.
 _SPREADS = "_prefect_ds_recompute_spreads"
 
 #: The result was loaded by `checkpoint_handler`.
@@ -1542,7 +1547,8 @@ def checkpoint_handler(task_runner, old_state, new_state):
             _write_checkpoint(task_runner, new_state)
     except Exception as exc:
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
-        return task_runner.call_runner_target_handlers(new_state, _failed(task_runner, exc))
+        tell = getattr(task_runner, "tell_handlers", task_runner.call_runner_target_handlers)
+        return tell(new_state, _failed(task_runner, exc))
     return new_state
 
 
@@ -1691,8 +1697,10 @@ class DSTaskRunner(TaskRunner):
         if maps and prefect.context.get("map_index") is None and not state.is_mapped():
             self._check_inputs(state)
         matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
-        task_run.spreads = any(_spreads(p, self.task) for p in matching) or any(
-            getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen
+        task_run.spreads = (
+            any(_spreads(p, self.task) for p in matching)
+            or any(getattr(upstream_state, _SPREADS, False) for _, upstream_state in seen)
+            or prefect.context.get(_SPREADS) == _place()[::2]
         )
         task_run.recomputes = bool(matching) or task_run.spreads
         return state
@@ -1759,6 +1767,27 @@ class DSTaskRunner(TaskRunner):
             inputs = task_run.inputs or {}
             _let_go_of_data(old_state.result, [result.value for result in inputs.values()])
         return new_state
+
+
+class _BeforeReport(TaskRunner):
+    """Looks for the checkpoint when a task's handlers have acted: what it finds is reported."""
+
+    #: Of a checkpoint that fails only they hear: the backend does when this returns.
+    tell_handlers = TaskRunner.call_runner_target_handlers
+
+    def call_runner_target_handlers(self, old_state, new_state):
+        new_state = super().call_runner_target_handlers(old_state, new_state)
+        return checkpoint_handler(self, old_state, new_state)
+
+
+class _DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
+    """The `DSTaskRunner`, with its checkpoints, that reports to Prefect Server or Cloud."""
+
+    def load_results(self, state, upstream_states):
+        """As Prefect's, but only of what the task reads: for the rest nobody has a claim."""
+        read = {edge: upstream for edge, upstream in upstream_states.items() if _is_read(edge)}
+        state, loaded = super().load_results(state=state, upstream_states=read)
+        return state, {**upstream_states, **loaded}
 
 
 # Results that nobody needs any more ---------------------------------------------------------
@@ -2038,8 +2067,11 @@ class _Run:
         self._free = []  # calls that may run before the flow runner asks for them
         self._under_way = 0
         self._context = {}  # what the contexts of all calls have in common
+        self._is_reported = False  # given states come from a backend: they are nobody else's
         #: in the end: that two task runs had one file, in words
         self.conflict: Optional[str] = None
+        #: in the end: whether there will be no other round
+        self.is_finished: bool = False
 
     def __getattr__(self, name):
         return getattr(self._executor, name)
@@ -2062,6 +2094,7 @@ class _Run:
     # -- what the flow runner asks for
 
     def submit(self, fn, *args, extra_context=None, **kwargs):
+        self._is_reported = _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
         record = self._record_of(kwargs.get("task"))
         given = kwargs.get("state", args[0] if args else None)
         if isinstance(given, Mapped) and any(getattr(s, _HELD, False) for s in given.map_states):
@@ -2134,7 +2167,7 @@ class _Run:
                     known.extend(passed.upstream)
 
     def _new_call(self, record, given):
-        call = _Call(next(self._numbers), record, given)
+        call = _Call(next(self._numbers), record, None if self._is_reported else given)
         if record is not None:
             record.calls.append(call)
             record.reading += 1
@@ -2303,11 +2336,11 @@ class _Run:
     def _close(self):
         """If there will be no other round, drop what was held for one; else mark it."""
         ends = [call.value for record in self._terminal for call in record.calls]
-        is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
+        self.is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         for record in self._records.values():
             is_kept = record.claims == float("inf")
             for call in record.calls if not is_kept else ():
-                if is_finished:
+                if self.is_finished:
                     _purge(call.value, call.given)
                 elif call.value is not call.given and isinstance(call.value, State):
                     setattr(call.value, _HELD, True)
@@ -2943,21 +2976,9 @@ class DSFlowRunner(FlowRunner):
 
     def get_flow_run_state(self, state, executor, **kwargs):
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
-        for pattern in _recompute_patterns():
-            if not any(_matches(pattern, task) for task in self.flow.tasks):
-                raise ValueError(
-                    f"recompute={pattern!r} matches no task of this flow. It has: "
-                    f"{', '.join(sorted({task.name for task in self.flow.tasks}))}."
-                )
-        # Below 0.12 the context has only those parameters that were passed.
-        parameters = dict(prefect.context.get("parameters") or {})
-        for parameter in self.flow.parameters():
-            if not parameter.required:
-                parameters.setdefault(parameter.name, parameter.default)
-        prefect.context["parameters"] = parameters
-        self._warn_if_nothing_is_stored(kwargs)
-        backend = _backend_for(executor, self.logger)
-        run = _Run(self.flow, executor, backend, self.logger) if backend else None
+        run = _new_run(self.flow, executor, self.logger)
+        if not isinstance(executor, DSExecutor):
+            self._warn_if_nothing_is_stored(kwargs)
         state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
         message = run.conflict if run else _check_claims(_with_children(state.result))
         if message and state.is_finished():
@@ -2984,6 +3005,166 @@ class DSFlowRunner(FlowRunner):
                 "task_runner_state_handlers=[checkpoint_handler].",
                 ", ".join(sorted(names)),
             )
+
+
+class DSExecutor(Executor):
+    """An `Executor` that does what `DSFlowRunner` does, where Prefect chooses the flow runner.
+
+    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
+    by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
+    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12.
+
+    Parameters
+    ----------
+    flow : prefect.Flow
+        The flow that has this executor. It may still get tasks. A copy of it needs a `DSExecutor`
+        of its own as soon as it has other tasks, edges or reference tasks.
+    executor : prefect.executors.Executor, optional
+        What runs the tasks: a `LocalExecutor` by default.
+
+    Notes
+    -----
+    `TaskRunner` and Prefect's `CloudTaskRunner` are replaced. A task runner class of your own is
+    left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
+
+    Examples
+    --------
+    >>> flow.executor = DSExecutor(flow)  # doctest: +SKIP
+    >>> flow.register(project_name="sales")  # doctest: +SKIP
+    """
+
+    def __init__(self, flow, executor=None):
+        if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
+            raise TypeError(
+                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}, as in "
+                "flow.executor = DSExecutor(flow, LocalDaskExecutor())."
+            )
+        if not _FLOW_RUNNER_MAPS:
+            raise NotImplementedError(
+                "DSExecutor needs Prefect 0.12; below, use flow.run(runner_cls=DSFlowRunner)."
+            )
+        super().__init__()
+        self.flow = flow
+        self.executor = executor or LocalExecutor()
+        self._under_way: dict = {}
+
+    def __getstate__(self):
+        return {**vars(self), "_under_way": {}}
+
+    @contextmanager
+    def start(self):
+        """Start Prefect's executor, for a run of the flow in this thread."""
+        thread = threading.get_ident()
+        outer = self._under_way.get(thread)
+        run = _new_run(self.flow, self.executor, self.logger)
+        self._under_way[thread] = _UnderWay(run or self.executor, _spread_over(self.flow), set())
+        try:
+            with self._under_way[thread].run.start():
+                yield
+        finally:
+            self._under_way[thread] = outer
+        if run and run.conflict and run.is_finished:
+            raise ValueError(run.conflict)
+
+    def submit(self, fn, *args, **kwargs):
+        """Put off a call; a task is run by a task runner that knows of checkpoints."""
+        under_way = self._under_way[threading.get_ident()]
+        if "task_runner_cls" in kwargs:
+            self._check_edges(kwargs["task"], kwargs["upstream_states"])
+            self._add_checkpoints(under_way, kwargs)
+        return under_way.run.submit(fn, *args, **kwargs)
+
+    def wait(self, futures):
+        """Run calls until these are done; return what they came to."""
+        ends = self.flow.terminal_tasks() | self.flow.reference_tasks()
+        is_end = isinstance(futures, dict) and any(isinstance(key, Task) for key in futures)
+        if is_end and not ends <= set(futures):
+            raise self._other_flow(f"does not end with {_names(ends - set(futures))}")
+        return self._under_way[threading.get_ident()].run.wait(futures)
+
+    def _check_edges(self, task, edges):
+        """Raise if this task reads something else than in the flow that is known."""
+        if task not in self.flow.tasks:
+            raise self._other_flow(f"has another task {task.name!r}")
+        constants = {e for e in edges if isinstance(e.upstream_task, Constant)}
+        known = self.flow.edges_to(task)
+        if not known <= set(edges) or not set(edges) - known <= constants:
+            raise self._other_flow(f"has other edges to the task {task.name!r}")
+
+    def _other_flow(self, difference):
+        return ValueError(
+            f"This DSExecutor was made for another flow {self.flow.name!r}: the one that runs "
+            f"{difference}. A changed copy needs one of its own: flow.executor = DSExecutor(flow)."
+        )
+
+    def _add_checkpoints(self, under_way, kwargs):
+        given, context = kwargs["task_runner_cls"], kwargs["context"]
+        kwargs["task_runner_cls"] = cls = _TASK_RUNNERS.get(given, given)
+        is_cloud = _is_class(cls, CloudTaskRunner)
+        handlers = kwargs["task_runner_state_handlers"] or ()
+        if not _is_class(cls, DSTaskRunner):
+            if cls not in under_way.left_alone:
+                under_way.left_alone.add(cls)
+                base = _TASK_RUNNERS[CloudTaskRunner if is_cloud else TaskRunner]
+                self.logger.warning(
+                    "DSExecutor leaves the task runner class %s as it is: nothing is stored or "
+                    "loaded. For that, let it inherit from prefect_ds.%s.",
+                    getattr(cls, "__name__", cls), base.__name__,
+                )  # fmt: skip
+        elif not is_cloud and checkpoint_handler not in handlers:
+            kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
+        if kwargs["task"] in under_way.spread:
+            kwargs["context"] = {**context, _SPREADS: (context["flow_name"], context["task_slug"])}
+
+
+#: By what `DSExecutor` replaces Prefect's own.
+_TASK_RUNNERS = {TaskRunner: DSTaskRunner, CloudTaskRunner: _DSCloudTaskRunner}
+
+
+class _UnderWay(NamedTuple):
+    """A flow run on a `DSExecutor`."""
+
+    run: Any  # what takes the calls
+    spread: set  # tasks that are downstream of one that is computed again, if that spreads
+    left_alone: set  # task runner classes that are not ours
+
+
+def _is_class(cls, base):
+    return isinstance(cls, type) and issubclass(cls, base)
+
+
+def _names(tasks):
+    return ", ".join(sorted({task.name for task in tasks}))
+
+
+def _new_run(flow, executor, logger):
+    """What puts the flow's calls in order; None on an executor that is to do so itself."""
+    for pattern in _recompute_patterns():
+        if not any(_matches(pattern, task) for task in flow.tasks):
+            raise ValueError(
+                f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
+            )
+    # Below 0.12 the context has only those parameters that were passed.
+    parameters = dict(prefect.context.get("parameters") or {})
+    for parameter in flow.parameters():
+        if not parameter.required:
+            parameters.setdefault(parameter.name, parameter.default)
+    prefect.context["parameters"] = parameters
+    backend = _backend_for(executor, logger)
+    return _Run(flow, executor, backend, logger) if backend else None
+
+
+def _spread_over(flow):
+    """The tasks that are computed again since one upstream is.
+
+    States carry this, too, but not those that come from a backend.
+    """
+    patterns, found = _recompute_patterns(), set()
+    for task in flow.sorted_tasks() if patterns else ():
+        named = any(_matches(pattern, task) and _spreads(pattern, task) for pattern in patterns)
+        if named or any(edge.upstream_task in found for edge in flow.edges_to(task)):
+            found.add(task)
+    return found
 
 
 def _with_children(states):
