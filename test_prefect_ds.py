@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -22,12 +24,13 @@ import textwrap
 import threading
 import time
 import traceback
+import uuid
 import warnings
 import weakref
 import zipfile
 import zlib
 from collections import ChainMap, Counter, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,23 +41,27 @@ import cloudpickle
 import pandas
 import pendulum
 import prefect
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from prefect import Flow, Parameter, Task, task, triggers, unmapped
-from prefect.engine import FlowRunner, signals, state
+from prefect.engine import FlowRunner, TaskRunner, signals, state
+from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.result import Result
 from prefect.engine.state import Success
 from prefect.schedules import Schedule
 from prefect.schedules.clocks import DatesClock
 from prefect.tasks import control_flow
 from prefect.tasks.secrets import EnvVarSecret
+from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.debug import raise_on_exception
 
 import prefect_ds
 from prefect_ds import (
     DaskExecutor,
+    DSExecutor,
     DSFlowRunner,
     DSTaskRunner,
     LocalDaskExecutor,
@@ -70,8 +77,21 @@ try:
 except ImportError:  # below 0.11
     LocalResult = None
 
+try:
+    from prefect.storage import Local
+except ImportError:  # below 0.14
+    from prefect.environments.storage import Local
+
+try:
+    from prefect.run_configs import LocalRun
+except ImportError:  # below 0.13
+    LocalRun = None
+
 #: The keyword by which the installed Prefect's `task` takes storage.
 STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
+
+#: Whether what a `LocalDaskExecutor` runs in threads is interrupted when it is left early.
+ENDS_THREADS = hasattr(LocalDaskExecutor, "_interrupt_pool") and not hasattr(Flow, "environment")
 
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
@@ -132,6 +152,14 @@ purges_on_dask = pytest.mark.skipif(
 )
 from_0_11 = pytest.mark.skipif(
     not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
+)
+has_executors = pytest.mark.skipif(
+    "executor" not in inspect.signature(Flow.__init__).parameters,
+    reason="Below Prefect 0.13.10 a flow has no executor.",
+)
+under_a_backend = pytest.mark.skipif(
+    "executor" not in inspect.signature(Flow.__init__).parameters,
+    reason="This is held from the release on in which a flow has an executor.",
 )
 from_0_12 = pytest.mark.skipif(
     not prefect_ds._FLOW_RUNNER_MAPS,
@@ -4018,6 +4046,854 @@ def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
 @purges_on_dask
 def test_workers_let_go_of_what_was_purged(distributed):
     assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
+
+
+# Under Prefect Server and Cloud ---------------------------------------------------------------
+
+
+class Backend:
+    """A small Prefect Server: it answers what Prefect's client asks of it, over HTTP."""
+
+    def __init__(self):
+        self.flows, self.flow_runs, self.task_runs = {}, {}, {}
+        #: which releases of Prefect have asked
+        self.clients = set()
+        self._lock = threading.Lock()
+        backend = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_POST(self):
+                backend.clients.add(self.headers["X-PREFECT-CORE-VERSION"])
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                variables = json.loads(body["variables"] or "null") or {}
+                with backend._lock:
+                    answer = backend._answer(body["query"], variables.get("input", {}))
+                content = json.dumps({"data": answer}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = str(self.server.server_address[1])
+
+    # -- what a user does
+
+    def register(self, flow):
+        """As `flow.register`, but for the project; return the id of the flow."""
+        serialized = flow.serialize(build=True)
+        flow_id = str(uuid.uuid4())
+        tasks = {str(uuid.uuid4()): task["slug"] for task in serialized["tasks"]}
+        self.flows[flow_id] = {
+            **{key: serialized.get(key) for key in ("name", "environment", "run_config")},
+            "storage": serialized["storage"],
+            "version": 1,
+            "id": flow_id,
+            "core_version": prefect.__version__,
+            "settings": {"heartbeat_enabled": False},
+            "project": {"id": "project", "name": "project"},
+            "tasks": tasks,
+        }
+        return flow_id
+
+    def environment(self, **more):
+        """That of an agent; labels and the like do not matter."""
+        return for_processes(
+            **{
+                "PREFECT__BACKEND": "server",
+                "PREFECT__SERVER__HOST": "http://127.0.0.1",
+                "PREFECT__SERVER__PORT": self.port,
+                "PREFECT__HOME_DIR": os.path.abspath("prefect"),
+                "PREFECT__CLOUD__CHECK_CANCELLATION_INTERVAL": "0.2",
+                "PREFECT__CLOUD__SEND_FLOW_RUN_LOGS": "false",
+                "PREFECT__LOGGING__LOG_TO_CLOUD": "false",
+                "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+                **more,
+            }
+        )
+
+    def create(self, flow_id, **context):
+        """As `client.create_flow_run(flow_id=..., context=...)`; return the id of the flow run."""
+        return self.create_flow_run("", {"flow_id": flow_id, "context": context})["id"]
+
+    def state(self, flow_run_id):
+        return state.State.deserialize(self.flow_runs[flow_run_id]["serialized_state"])
+
+    def history(self, flow_run_id, slug):
+        """What was reported of a task, and of its children: lists of types and messages."""
+        runs = [r for r in self.task_runs.values() if r["flow_run_id"] == flow_run_id]
+        runs = [r for r in runs if r["task"]["slug"].rpartition("-")[0] == slug]
+        return {r["map_index"]: r["history"] for r in runs}
+
+    def let_retry_now(self, flow_run_id):
+        """Let what waits for a later time have waited long enough."""
+        earlier = pendulum.now("utc").subtract(seconds=10).isoformat()
+        with self._lock:
+            for run in self.task_runs.values():
+                if run["flow_run_id"] == flow_run_id and run["serialized_state"].get("start_time"):
+                    run["serialized_state"]["start_time"] = earlier
+
+    def cancel(self, flow_run_id):
+        with self._lock:
+            self._set(self.flow_runs[flow_run_id], state.Cancelling("Stop it.").serialize())
+
+    # -- what the client asks: each method is named as the field is
+
+    def _answer(self, query, given):
+        name = re.search(r"{\s*(\w+)", query).group(1)
+        return {name: getattr(self, name)(query, given)}
+
+    def hello(self, query, given):
+        return "hello"
+
+    def tenant(self, query, given):
+        return [{"id": "tenant"}]
+
+    def register_agent(self, query, given):
+        return {"id": "agent"}
+
+    def task_run(self, query, given):
+        return []  # nothing is cached
+
+    def write_run_logs(self, query, given):
+        return {"success": True}
+
+    update_flow_run_heartbeat = update_task_run_heartbeat = write_run_logs
+
+    def create_flow_run(self, query, given):
+        flow_run_id = str(uuid.uuid4())
+        now = pendulum.now("utc")
+        self.flow_runs[flow_run_id] = {
+            "id": flow_run_id,
+            "name": "run",
+            "flow_id": given["flow_id"],
+            "version": 0,
+            "parameters": given.get("parameters", {}),
+            "context": given.get("context", {}),
+            "scheduled_start_time": now.isoformat(),
+            "run_config": None,
+            "history": [],
+            "serialized_state": state.Scheduled(start_time=now).serialize(),
+        }
+        for task_id in self.flows[given["flow_id"]]["tasks"]:
+            self._task_run(flow_run_id, task_id, -1)
+        return {"id": flow_run_id}
+
+    def get_runs_in_queue(self, query, given):
+        ready = [i for i, run in self.flow_runs.items() if self._is_ready(run)]
+        return {"flow_run_ids": ready}
+
+    def flow_run(self, query, given):
+        found = [run for i, run in self.flow_runs.items() if i in query]
+        return [
+            {
+                **run,
+                "state": run["serialized_state"]["type"],
+                "flow": self.flows[run["flow_id"]],
+                "task_runs": self._due(run),
+            }
+            for run in found
+            if "_in" not in query or self._is_ready(run)
+        ]
+
+    def flow_run_by_pk(self, query, given):
+        (run,) = [run for i, run in self.flow_runs.items() if i in query]
+        known = {**run, "flow": self.flows[run["flow_id"]]}
+        known["task_runs"] = [
+            {key: r[key] for key in ("id", "task", "version", "serialized_state")}
+            for r in self.task_runs.values()
+            if r["flow_run_id"] == run["id"] and r["map_index"] == -1
+        ]
+        return {key: value for key, value in known.items() if re.search(rf"\b{key}\b", query)}
+
+    def get_or_create_task_run_info(self, query, given):
+        values = dict(re.findall(r'(\w+): "?([\w-]+)', query))
+        key = values["flow_run_id"], values["task_id"], int(values["map_index"])
+        return self._task_run(*key)
+
+    def get_task_run_info(self, query, given):
+        (run,) = [run for i, run in self.task_runs.items() if i in query]
+        return run
+
+    def set_flow_run_states(self, query, given):
+        return self._set_all(self.flow_runs, "flow_run_id", given["states"])
+
+    def set_task_run_states(self, query, given):
+        return self._set_all(self.task_runs, "task_run_id", given["states"])
+
+    # -- what it knows
+
+    def _task_run(self, flow_run_id, task_id, map_index):
+        for run in self.task_runs.values():
+            if (run["flow_run_id"], run["task"]["id"], run["map_index"]) == (
+                flow_run_id, task_id, map_index,
+            ):  # fmt: skip
+                return run
+        slug = self.flows[self.flow_runs[flow_run_id]["flow_id"]]["tasks"][task_id]
+        run = {
+            "id": str(uuid.uuid4()),
+            "flow_run_id": flow_run_id,
+            "map_index": map_index,
+            "task": {"id": task_id, "slug": slug},
+            "task_id": task_id,
+            "version": 0,
+            "serialized_state": state.Pending().serialize(),
+            "history": [],
+        }
+        self.task_runs[run["id"]] = run
+        return run
+
+    def _set_all(self, runs, key, states):
+        for new in states:
+            self._set(runs[new[key]], new["state"])
+        return {"states": [{"id": s[key], "status": "SUCCESS", "message": None} for s in states]}
+
+    def _set(self, run, serialized_state):
+        run["serialized_state"] = serialized_state
+        run["version"] += 1
+        run["history"].append((serialized_state["type"], serialized_state["message"]))
+
+    def _due(self, flow_run):
+        now = pendulum.now("utc").subtract(seconds=3)
+        runs = [r for r in self.task_runs.values() if r["flow_run_id"] == flow_run["id"]]
+        starts = [(r, r["serialized_state"].get("start_time")) for r in runs]
+        return [run for run, start in starts if start and pendulum.parse(start) <= now]
+
+    def _is_ready(self, flow_run):
+        kind = flow_run["serialized_state"]["type"]
+        return kind == "Scheduled" or (kind == "Running" and bool(self._due(flow_run)))
+
+
+def prefect_cli(*arguments):
+    return [sys.executable, "-c", "from prefect.cli import cli; cli()", *arguments]
+
+
+@pytest.fixture
+def backend(empty_folder):
+    """A backend; whatever asks it has to be gone in the end."""
+    found = Backend()
+    thread = threading.Thread(target=found.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield found
+    left = [process for process in psutil.process_iter() if is_set_up_for(found, process)]
+    for process in left:
+        process.kill()
+    found.server.shutdown()
+    found.server.server_close()
+    assert not left
+    assert found.clients <= {prefect.__version__}
+
+
+def is_set_up_for(backend, process):
+    with suppress(psutil.Error):
+        is_other = process.pid != os.getpid()
+        return is_other and process.environ().get("PREFECT__SERVER__PORT") == backend.port
+
+
+def execute(backend, flow_run_id, timeout=60):
+    """Execute a flow run in a process of its own, as agents do; return the state it has then."""
+    environment = backend.environment(
+        PREFECT__CONTEXT__FLOW_RUN_ID=flow_run_id,
+        PREFECT__CLOUD__USE_LOCAL_SECRETS="false",
+        PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS="prefect.engine.cloud.CloudFlowRunner",
+        PREFECT__ENGINE__TASK_RUNNER__DEFAULT_CLASS="prefect.engine.cloud.CloudTaskRunner",
+    )
+    done = subprocess.run(
+        prefect_cli("execute", "flow-run"), env=environment, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout.decode())
+    return backend.state(flow_run_id)
+
+
+@contextmanager
+def agent(backend):
+    """Something that has a flow run executed by a real agent; it returns the final state."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with open("agent.log", "wb") as output:
+        process = subprocess.Popen(
+            prefect_cli(
+                "agent", "local", "start", "--show-flow-logs", "--agent-address", address
+            ),
+            env=backend.environment(), stdout=output, stderr=output,
+        )  # fmt: skip
+
+        def execute(backend, flow_run_id, timeout=60):
+            history = backend.flow_runs[flow_run_id]["history"]
+            before = len(history)
+
+            def has_begun():
+                with suppress(OSError):  # The agent itself looks every few seconds.
+                    urlopen(address + "/api/poke").close()
+                return {kind for kind, _ in history[before:]} - {"Scheduled", "Submitted"}
+
+            wait_until(has_begun, timeout)
+            children = psutil.Process(process.pid).children
+            wait_until(lambda: all(c.status() == "zombie" for c in children()), timeout)
+            return backend.state(flow_run_id)
+
+        try:
+            yield execute
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+                print(Path("agent.log").read_text())
+
+
+def wait_until(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+def flow_of(code):
+    """The flow that this code makes; it is pickled whole, as if it were a script's."""
+    names = {"__name__": "__main__", "STORAGE": STORAGE}
+    exec(textwrap.dedent(IN_EACH_FLOW) + textwrap.dedent(code), names)
+    flow = names["flow"]
+    flow.executor = names["executor"]
+    flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
+    flow.storage = Local(directory=os.path.abspath("flows"))
+    flow.result = flow.storage.result
+    return flow
+
+
+IN_EACH_FLOW = """
+    import datetime, os, time, weakref
+    import pandas, prefect, prefect_ds
+    from prefect import Flow, task
+    from prefect_ds import *
+
+    def keep_count(thing):
+        # Of what a script has itself, a copy travels with its flow.
+        alive = vars(weakref).setdefault("counted", weakref.WeakValueDictionary())
+        alive[id(thing)] = thing
+        return len(alive)
+
+    def note(*words):
+        with open("noted", "a") as file:
+            print(*words, file=file)
+
+    def stored(path, **kwargs):
+        return task(**{STORAGE: PandasResultHandler(path), **kwargs})
+
+    minutes = lambda number: datetime.timedelta(minutes=number)
+"""
+
+#: What is computed depends on a file, and so does whether it fails.
+STAGES = """
+    @stored("load_{i}.csv")
+    def load(i):
+        note("load", i)
+        return pandas.DataFrame({"x": [int(open("x").read()) + i]})
+
+    @stored("clean_{i}.csv", max_retries=2, retry_delay=minutes(20))
+    def clean(frame, i):
+        note("clean", i, keep_count(frame))
+        if os.path.exists("fails") and i in map(int, open("fails").read().split()):
+            raise ValueError("Not yet.")
+        return frame * 2
+
+    @task
+    def total(frames):
+        note("total", sum(int(frame["x"].sum()) for frame in frames))
+
+    with Flow("stages") as flow:
+        ids = [0, 1, 2, 3]
+        total(clean.map(load.map(ids), ids))
+    executor = DSExecutor(flow)
+"""
+
+
+def write_text(name, text):
+    Path(name).write_text(text)
+
+
+def noted_since(before=0):
+    """What the tasks have noted: the names of those that ran, sorted, and the total."""
+    lines = [line.split() for line in noted()[before:]]
+    totals = [int(line[1]) for line in lines if line[0] == "total"]
+    return sorted(line[0] + line[1] for line in lines if line[0] != "total"), totals
+
+
+def each(name, *ids):
+    return [f"{name}{i}" for i in ids or range(4)]
+
+
+@contextmanager
+def by_hand(backend):
+    yield execute
+
+
+@under_a_backend
+@pytest.mark.parametrize("executing", [by_hand, agent], ids=["by_hand", "agent"])
+def test_runs_loads_recomputes_and_retries_under_a_backend(executing, backend):
+    write_text("x", "1")
+    flow_id = backend.register(flow_of(STAGES))
+    with executing(backend) as execute:
+        first = backend.create(flow_id)
+        assert execute(backend, first).is_successful()
+        assert noted_since() == (each("clean") + each("load"), [20])
+        for name in ("load", "clean"):
+            history = backend.history(first, name)
+            assert [kind for kind, _ in history.pop(-1)] == ["Mapped"]
+            assert set(map(str, history.values())) == {str(history[0])} and len(history) == 4
+            assert [kind for kind, _ in history[0]] == ["Running", "Success"]
+
+        seen = len(noted())
+        second = backend.create(flow_id)
+        assert execute(backend, second).is_successful()
+        assert noted_since(seen) == ([], [20])
+        for i in range(4):
+            assert backend.history(second, "clean")[i] == [
+                ("Success", f"Loaded from clean_{i}.csv")
+            ]
+
+        write_text("x", "2")
+        write_text("fails", "1 3")
+        seen = len(noted())
+        third = backend.create(flow_id, recompute="load+")
+        assert execute(backend, third).is_running()
+        assert noted_since(seen) == (each("clean") + each("load"), [])
+        assert backend.history(third, "clean")[1][-1][0] == "Retrying"
+
+        os.remove("fails")
+        seen = len(noted())
+        backend.let_retry_now(third)
+        assert execute(backend, third).is_successful()
+        assert noted_since(seen) == (each("clean", 1, 3), [28])
+    assert prefect.__version__ in backend.clients
+
+
+def run_here(backend, flow, **context):
+    """Run a flow by Prefect's `CloudFlowRunner` in this process; return the id of the run."""
+    flow_run_id = backend.create(backend.register(flow), **context)
+    resume_here(backend, flow, flow_run_id)
+    return flow_run_id
+
+
+def resume_here(backend, flow, flow_run_id):
+    api = f"http://127.0.0.1:{backend.port}"
+    with set_temporary_config(
+        {"backend": "server", "cloud.api": api, "cloud.graphql": api}
+    ), prefect.context(flow_run_id=flow_run_id):
+        CloudFlowRunner(flow=flow).run()
+
+
+def on_disk(flow, executor=None):
+    """Let a flow have what it would have if it was registered."""
+    flow.executor = DSExecutor(flow, executor)
+    flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
+    flow.storage = Local(directory=os.path.abspath("flows"))
+    return flow
+
+
+@under_a_backend
+@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
+def test_frames_alive_under_a_backend(build, backend, counted):
+    flow_run_id = run_here(backend, on_disk(build()))
+    assert backend.state(flow_run_id).is_successful()
+    assert peak == [2] and not alive
+
+
+@under_a_backend
+def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
+    def flow():
+        @task(**stored("{i}.csv"))
+        def load(i):
+            return FRAME
+
+        @task(max_retries=1, retry_delay=timedelta(minutes=20))
+        def read(frame):
+            found[id(frame)] = frame
+            most.append(len(found))
+            if prefect.context["task_run_count"] == 1:
+                raise ValueError("Not yet.")
+
+        with Flow("resumed") as flow:
+            for i in range(4):
+                read(load(i))
+        return on_disk(flow)
+
+    found, most = weakref.WeakValueDictionary(), []
+    flow_run_id = run_here(backend, flow())
+    assert backend.state(flow_run_id).is_running() and len(most) == 4
+    backend.let_retry_now(flow_run_id)
+    assert not found
+    resume_here(backend, flow(), flow_run_id)
+    assert backend.state(flow_run_id).is_successful()
+    assert len(most) == 8 and max(most[4:]) == 1
+
+
+@under_a_backend
+def test_what_is_not_read_is_not_loaded_for_a_retry(backend, log):
+    calls = Calls()
+    make = calls.make(**stored("{id}.csv"))
+
+    @task(max_retries=1, retry_delay=timedelta(minutes=20))
+    def after():
+        if prefect.context["task_run_count"] == 1:
+            raise ValueError("Not yet.")
+
+    with Flow("after") as flow:
+        after(upstream_tasks=[make(1)])
+    flow_run_id = run_here(backend, on_disk(flow))
+    backend.let_retry_now(flow_run_id)
+    resume_here(backend, flow, flow_run_id)
+    assert backend.state(flow_run_id).is_successful() and calls == [1]
+    assert "Wrote 1.csv" in log(logging.INFO) and "Loaded 1.csv" not in log(logging.INFO)
+
+
+@under_a_backend
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_a_write_that_fails_is_reported_once(max_retries, backend):
+    heard = []
+
+    @task(
+        max_retries=max_retries,
+        retry_delay=timedelta(0) if max_retries else None,
+        state_handlers=[lambda task, old, new: heard.append(type(new).__name__)],
+        **stored("{i}.csv"),
+    )
+    def make(i):
+        return 3
+
+    with Flow("fails") as flow:
+        make(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_failed()
+    (history,) = backend.history(flow_run_id, "make").values()
+    reported = [kind for kind, _ in history]
+    again = ["Retrying", "Running", "Failed"] if max_retries else []
+    assert reported == ["Running", "Failed", *again]
+    assert heard == reported
+    assert "1.csv: TypeError: PandasResult" in history[1][1]
+
+
+@under_a_backend
+def test_a_loop_is_written_once_under_a_backend(backend, log):
+    @task(**stored("{start}.csv"))
+    def count(start):
+        so_far = prefect.context.get("task_loop_result", start)
+        if so_far < 3:
+            raise signals.LOOP(result=so_far + 1)
+        return FRAME
+
+    with Flow("loop") as flow:
+        count(0)
+    on_disk(flow)
+    for _ in range(2):
+        flow_run_id = run_here(backend, flow)
+        assert backend.state(flow_run_id).is_successful()
+    (history,) = backend.history(flow_run_id, "count").values()
+    assert history == [("Success", "Loaded from 0.csv")]
+    assert log(logging.INFO).count("Wrote 0.csv") == 1
+
+
+@under_a_backend
+def test_a_target_is_reported_as_loaded(backend, log):
+    @task(target="{i}.csv", result=PandasResult())
+    def make(i):
+        return FRAME
+
+    with Flow("target") as flow:
+        make(1)
+    on_disk(flow)
+    for last in ("Success", "Cached"):
+        flow_run_id = run_here(backend, flow)
+        (history,) = backend.history(flow_run_id, "make").values()
+        assert history[-1][0] == last
+    assert history == [("Cached", "Loaded from 1.csv")]
+    assert log(logging.INFO).count("Wrote 1.csv") == 1
+
+
+@under_a_backend
+def test_a_damaged_file_is_kept_beside_the_new_one_under_a_backend(backend):
+    Path("1.parquet").write_text("damaged")
+    calls = Calls()
+    with Flow("damaged") as flow:
+        calls.make(**stored("{id}.parquet"))(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_successful() and calls == [1]
+    (aside,) = [name for name in files() if ".unreadable-" in name]
+    assert Path(aside).read_text() == "damaged"
+    assert_frame_equal(pandas.read_parquet("1.parquet"), FRAME.assign(id=1))
+
+
+@under_a_backend
+def test_recomputing_a_task_that_is_not_there_is_refused_under_a_backend(backend):
+    calls = Calls()
+    with Flow("refused") as flow:
+        calls.make()(1)
+    flow_run_id = run_here(backend, on_disk(flow), recompute="mkae")
+    final = backend.state(flow_run_id)
+    assert final.is_failed() and calls == []
+    assert "recompute='mkae' matches no task" in final.message
+
+
+SLEEP = """
+    @task
+    def sleep(i):
+        note("sleep", i)
+        for _ in range(600):
+            time.sleep(0.1)
+
+    with Flow("sleep") as flow:
+        sleep.map([0, 1])
+    executor = DSExecutor(flow, %s)
+"""
+
+
+def cancel_while_it_sleeps(backend, execute, executor):
+    flow_run_id = backend.create(backend.register(flow_of(SLEEP % executor)))
+    before = len(noted())
+
+    def cancel():
+        wait_until(lambda: len(noted()) > before)
+        backend.cancel(flow_run_id)
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    final = execute(backend, flow_run_id, timeout=50)
+    thread.join()
+    assert final == state.Cancelled()
+
+
+@under_a_backend
+@pytest.mark.parametrize("executor", ["None", "prefect_ds.LocalDaskExecutor(num_workers=2)"])
+def test_cancelling_ends_what_runs(executor, backend):
+    if executor != "None" and not ENDS_THREADS:
+        pytest.skip("Below Prefect 1.0 a LocalDaskExecutor waits.")
+    cancel_while_it_sleeps(backend, execute, executor)
+
+
+# The executor, without a backend --------------------------------------------------------------
+
+
+def run_on(executor, flow, **kwargs):
+    return flow.run(executor=DSExecutor(flow, executor), **kwargs)
+
+
+@from_0_12
+@on_each_executor
+def test_an_executor_is_enough(executor, log):
+    calls = Calls()
+    make = calls.make(**stored("{id}.csv"))
+
+    @task
+    def total(frames):
+        return sum(int(frame["id"].sum()) for frame in frames)
+
+    with Flow("enough") as flow:
+        result = total(make.map([1, 2]))
+    for _ in range(2):
+        final = run_on(executor(), flow)
+        assert final.result[result].result == 9
+        assert sorted(calls) == [1, 2]
+    assert final.result[flow.get_tasks("make")[0]].map_states[0]._result is PurgedResult
+    assert not log(logging.WARNING)
+
+
+@has_executors
+def test_a_flow_that_has_the_executor_takes_no_other_argument():
+    calls = Calls()
+    with Flow("has_it") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+    flow.executor = DSExecutor(flow)
+    for _ in range(2):
+        assert flow.run().is_successful() and calls == [1]
+    assert flow.run(context={"recompute": "make"}).is_successful() and calls == [1, 1]
+    refused = flow.run(context={"recompute": "mkae"})
+    assert refused.is_failed() and "'mkae' matches no task" in refused.message
+
+
+@from_0_12
+@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
+@pytest.mark.parametrize("executor", ["local", "synchronous", "threads", "dask"])
+def test_frames_alive_on_the_executor(build, executor, counted):
+    assert run_on(EXECUTORS[executor](), build()).is_successful()
+    assert peak[0] <= (2 if executor in ("local", "synchronous") else 2 * 2 + 2)
+
+
+@from_0_12
+def test_the_executor_around_processes(processes, empty_folder):
+    with Flow("processes") as flow:
+        write_where.map(list(range(4)))
+    for _ in range(2):
+        assert run_on(InOnePool(processes), flow).is_successful()
+    assert files() == ["0.csv", "1.csv", "2.csv", "3.csv", "noted"] and len(noted()) == 4
+
+
+@task(**stored("{i}.csv"))
+def write_where(i):
+    note(i)
+    return FRAME
+
+
+@from_0_12
+def test_the_executor_notices_a_file_of_two_task_runs_in_processes(processes, empty_folder):
+    with Flow("clash") as flow:
+        one = task(lambda id: FRAME, name="one", **stored(str(empty_folder / "same.csv")))
+        other = task(lambda id: FRAME, name="other", **stored(str(empty_folder / "same.csv")))
+        one(1), other(2)
+    final = run_on(InOnePool(processes), flow)
+    assert final.is_failed() and "has the same path" in final.message
+
+
+@from_0_12
+def test_the_executor_is_pickled_with_its_flow_and_without_a_run(counted):
+    flow = mapped(5)
+    executor = DSExecutor(flow)
+    flow.executor = executor
+    fresh = len(cloudpickle.dumps(flow))
+    assert flow.run(executor=executor).is_successful()
+    pickled = cloudpickle.dumps(flow)
+    assert len(pickled) == fresh
+    copied = cloudpickle.loads(pickled)
+    assert copied.executor.flow is copied
+    assert copied.run(executor=copied.executor).is_successful()
+
+
+@from_0_12
+def test_the_executor_knows_what_was_added_to_the_flow(counted):
+    flow = Flow("grows")
+    executor = DSExecutor(flow)
+    for _ in range(2):
+        with flow:
+            count(step(load(0)))
+        assert flow.run(executor=executor).is_successful()
+        assert peak == [2] and not alive
+
+
+def with_another_task(flow):
+    flow.add_task(task(lambda: 1, name="another"))
+
+
+def with_another_edge(flow):
+    flow.add_edge(*(flow.get_tasks(name)[0] for name in ("load", "count")))
+
+
+def with_another_constant(flow):
+    flow.constants[flow.get_tasks("load")[0]]["i"] = 7
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_another_task, "has another task 'another'"),
+        (with_another_edge, "has other edges to the task 'count'"),
+        (with_another_constant, None),
+    ],
+)
+@pytest.mark.parametrize("changes", ["copy", "original"])
+def test_the_executor_says_that_it_does_not_know_a_copy(change, message, changes):
+    flow = chain(2)
+    executor = DSExecutor(flow)
+    copied = flow.copy()
+    assert copied.run(executor=executor).is_successful()
+    change(copied if changes == "copy" else flow)
+    final = copied.run(executor=executor)
+    assert final.is_successful() is (message is None)
+    if changes == "original" and change is with_another_task:
+        message = "does not end with another"
+    if message:
+        assert message in final.message and "flow.executor = DSExecutor(flow)" in final.message
+    assert copied.run(executor=DSExecutor(copied)).is_successful()
+
+
+class OwnTaskRunner(TaskRunner):
+    """Not ours."""
+
+
+class OwnDSTaskRunner(DSTaskRunner):
+    """Ours."""
+
+
+@from_0_12
+def test_a_task_runner_of_ones_own_is_left_as_it_is(log):
+    used = []
+    make = task(lambda i: used.append(prefect.context["logger"]) or FRAME, **stored("{i}.csv"))
+    with Flow("own") as flow:
+        make.map([1, 2])
+    final = FlowRunner(flow, task_runner_cls=OwnTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == []
+    assert log(logging.WARNING).count("leaves the task runner class OwnTaskRunner as it is") == 1
+    assert "inherit from prefect_ds.DSTaskRunner" in log(logging.WARNING)
+    final = FlowRunner(flow, task_runner_cls=OwnDSTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == ["1.csv", "2.csv"]
+    assert "OwnDSTaskRunner" not in log(logging.WARNING)
+
+
+@from_0_12
+@pytest.mark.parametrize("handlers", [None, [checkpoint_handler]], ids=["none", "ours"])
+def test_the_flow_runner_and_the_executor_go_together(handlers, counted):
+    calls = Calls()
+    with Flow("both") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+        count(step(step(load(0))))
+    for _ in range(2):
+        final = run(flow, executor=DSExecutor(flow), task_runner_state_handlers=handlers)
+        assert final.is_successful()
+    assert calls == [1] and peak == [2]
+
+
+@from_0_12
+def test_a_task_that_runs_its_own_flow_on_the_executor():
+    depths = []
+
+    @task
+    def recurse(depth):
+        depths.append(depth)
+        return flow.run(depth=depth - 1, executor=executor).is_successful() if depth else True
+
+    @task
+    def check(is_fine):
+        assert is_fine
+
+    with Flow("recursive") as flow:
+        check(recurse(Parameter("depth")))
+    executor = DSExecutor(flow)
+    assert flow.run(depth=2, executor=executor).is_successful()
+    assert depths == [2, 1, 0]
+
+
+@from_0_12
+def test_runs_at_once_share_the_executor():
+    with Flow("at_once") as flow:
+        total([pass_on(pass_on(i)) for i in range(5)])
+    executor = DSExecutor(flow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        finals = pool.map(lambda _: flow.run(executor=executor), range(12))
+        assert all(final.is_successful() for final in finals)
+
+
+@from_0_12
+def test_what_the_executor_does_not_take():
+    flow = chain(1)
+    for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
+        with pytest.raises(TypeError):
+            DSExecutor(*arguments)
+    with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow"):
+        DSExecutor(LocalExecutor())
+
+
+@pytest.mark.skipif(prefect_ds._FLOW_RUNNER_MAPS, reason="This Prefect has what it needs.")
+def test_the_executor_says_which_prefect_it_needs():
+    with pytest.raises(NotImplementedError, match=r"runner_cls=DSFlowRunner"):
+        DSExecutor(chain(1))
 
 
 # The marker ---------------------------------------------------------------------------------
