@@ -2302,7 +2302,10 @@ class _Run:
         if not self._backend.schedules:
             self._order.clear(call)
         if call.record is not None:
-            if _has_read_for_good(outcome) and not call.record.restarts:
+            is_over = _has_read_for_good(outcome)
+            if self._is_reported and not is_over:
+                self._keep_what_has_no_file(call)
+            if (self._is_reported or is_over) and not call.record.restarts:
                 self._release_inputs(call)
             self._release([call], 0)
         call.function = call.args = call.own = call.context = call.extra_context = None
@@ -2310,6 +2313,13 @@ class _Run:
         if call.given is not call.value:
             call.given = None
         self._progress.tell(self._count)
+
+    def _keep_what_has_no_file(self, call):
+        """A call that is not over goes on in another process, which reads its inputs from files."""
+        for edge, upstream in _inputs(call):
+            for other in _calls_in(upstream) if edge and _is_read(edge) else ():
+                if _has_result(other.value) and _location_of(other.value._result) is None:
+                    other.claims = float("inf")
 
     def _release_inputs(self, call):
         record = call.record

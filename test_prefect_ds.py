@@ -90,9 +90,6 @@ except ImportError:  # below 0.13
 #: The keyword by which the installed Prefect's `task` takes storage.
 STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
 
-#: Whether what a `LocalDaskExecutor` runs in threads is interrupted when it is left early.
-ENDS_THREADS = hasattr(LocalDaskExecutor, "_interrupt_pool") and not hasattr(Flow, "environment")
-
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
 
@@ -4487,7 +4484,13 @@ def run_here(backend, flow, **context):
 def resume_here(backend, flow, flow_run_id):
     api = f"http://127.0.0.1:{backend.port}"
     with set_temporary_config(
-        {"backend": "server", "cloud.api": api, "cloud.graphql": api}
+        {
+            "backend": "server",
+            "cloud.api": api,
+            "cloud.graphql": api,
+            "cloud.send_flow_run_logs": False,
+            "logging.log_to_cloud": False,
+        }
     ), prefect.context(flow_run_id=flow_run_id):
         CloudFlowRunner(flow=flow).run()
 
@@ -4508,33 +4511,39 @@ def test_frames_alive_under_a_backend(build, backend, counted):
     assert peak == [2] and not alive
 
 
+_frames_read = weakref.WeakValueDictionary()
+
+
+def read_at_second_try(frame):
+    _frames_read[id(frame)] = frame
+    note(f"{prefect.context['task_run_count']} {len(_frames_read)}")
+    if prefect.context["task_run_count"] == 1:
+        raise ValueError("Not yet.")
+
+
 @under_a_backend
 def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
-    def flow():
-        @task(**stored("{i}.csv"))
-        def load(i):
-            return FRAME
-
-        @task(max_retries=1, retry_delay=timedelta(minutes=20))
-        def read(frame):
-            found[id(frame)] = frame
-            most.append(len(found))
-            if prefect.context["task_run_count"] == 1:
-                raise ValueError("Not yet.")
-
-        with Flow("resumed") as flow:
-            for i in range(4):
-                read(load(i))
-        return on_disk(flow)
-
-    found, most = weakref.WeakValueDictionary(), []
-    flow_run_id = run_here(backend, flow())
-    assert backend.state(flow_run_id).is_running() and len(most) == 4
+    make = Calls().make(**stored("{id}.csv"))
+    read = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
+    with Flow("resumed") as flow:
+        for i in range(4):
+            read(make(i))
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_running() and not _frames_read
     backend.let_retry_now(flow_run_id)
-    assert not found
-    resume_here(backend, flow(), flow_run_id)
+    resume_here(backend, flow, flow_run_id)
     assert backend.state(flow_run_id).is_successful()
-    assert len(most) == 8 and max(most[4:]) == 1
+    assert noted() == ["1 1"] * 4 + ["2 1"] * 4
+
+
+@under_a_backend
+def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(backend, counted):
+    fail_once = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
+    with Flow("kept") as flow:
+        fail_once.map(load.map([1, 2, 3]))
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_running()
+    assert noted() == ["1 1", "1 2", "1 3"]
 
 
 @under_a_backend
@@ -4579,7 +4588,7 @@ def test_a_write_that_fails_is_reported_once(max_retries, backend):
     again = ["Retrying", "Running", "Failed"] if max_retries else []
     assert reported == ["Running", "Failed", *again]
     assert heard == reported
-    assert "1.csv: TypeError: PandasResult" in history[1][1]
+    assert "path {i}.csv: TypeError: PandasResult stores a pandas DataFrame" in history[1][1]
 
 
 @under_a_backend
@@ -4674,12 +4683,25 @@ def cancel_while_it_sleeps(backend, execute, executor):
 @under_a_backend
 @pytest.mark.parametrize("executor", ["None", "prefect_ds.LocalDaskExecutor(num_workers=2)"])
 def test_cancelling_ends_what_runs(executor, backend):
-    if executor != "None" and not ENDS_THREADS:
-        pytest.skip("Below Prefect 1.0 a LocalDaskExecutor waits.")
+    threads = LocalDaskExecutor()
+    with threads.start():
+        if executor != "None" and not isinstance(threads._pool, concurrent.futures.Executor):
+            pytest.skip("Below Prefect 1.0 the flow run ends when its threads do.")
     cancel_while_it_sleeps(backend, execute, executor)
 
 
 # The executor, without a backend --------------------------------------------------------------
+
+
+@task(**stored("{i}.csv"))
+def write_and_note(i):
+    note(i)
+    return FRAME
+
+
+@task
+def how_many(frames):
+    return len(frames)
 
 
 def run_on(executor, flow, **kwargs):
@@ -4689,20 +4711,14 @@ def run_on(executor, flow, **kwargs):
 @from_0_12
 @on_each_executor
 def test_an_executor_is_enough(executor, log):
-    calls = Calls()
-    make = calls.make(**stored("{id}.csv"))
-
-    @task
-    def total(frames):
-        return sum(int(frame["id"].sum()) for frame in frames)
-
     with Flow("enough") as flow:
-        result = total(make.map([1, 2]))
+        frames = write_and_note.map([1, 2])
+        result = how_many(frames)
     for _ in range(2):
         final = run_on(executor(), flow)
-        assert final.result[result].result == 9
-        assert sorted(calls) == [1, 2]
-    assert final.result[flow.get_tasks("make")[0]].map_states[0]._result is PurgedResult
+        assert final.result[result].result == 2
+        assert sorted(noted()) == ["1", "2"]
+    assert [s._result for s in final.result[frames].map_states] == [PurgedResult] * 2
     assert not log(logging.WARNING)
 
 
@@ -4727,43 +4743,51 @@ def test_frames_alive_on_the_executor(build, executor, counted):
     assert peak[0] <= (2 if executor in ("local", "synchronous") else 2 * 2 + 2)
 
 
+@task
+def wait_for_other(id, folder):
+    note(id, folder / "noted")
+    wait_until(lambda: len(noted(folder / "noted")) >= 2, 20)
+    return FRAME
+
+
 @from_0_12
 def test_the_executor_around_processes(processes, empty_folder):
     with Flow("processes") as flow:
-        write_where.map(list(range(4)))
+        make = wait_for_other.copy(**stored(str(empty_folder / "{id}.csv")))
+        make.map([0, 1], unmapped(empty_folder))
     for _ in range(2):
         assert run_on(InOnePool(processes), flow).is_successful()
-    assert files() == ["0.csv", "1.csv", "2.csv", "3.csv", "noted"] and len(noted()) == 4
-
-
-@task(**stored("{i}.csv"))
-def write_where(i):
-    note(i)
-    return FRAME
+    assert files() == ["0.csv", "1.csv", "noted"] and sorted(noted()) == ["0", "1"]
 
 
 @from_0_12
 def test_the_executor_notices_a_file_of_two_task_runs_in_processes(processes, empty_folder):
     with Flow("clash") as flow:
-        one = task(lambda id: FRAME, name="one", **stored(str(empty_folder / "same.csv")))
-        other = task(lambda id: FRAME, name="other", **stored(str(empty_folder / "same.csv")))
-        one(1), other(2)
+        for name in ("a", "b"):
+            make = wait_for_other.copy(name=name, **stored(str(empty_folder / "out.csv")))
+            make(name, empty_folder)
     final = run_on(InOnePool(processes), flow)
-    assert final.is_failed() and "has the same path" in final.message
+    assert final.is_failed() and "out.csv belongs to the task run" in final.message
 
 
 @from_0_12
-def test_the_executor_is_pickled_with_its_flow_and_without_a_run(counted):
-    flow = mapped(5)
-    executor = DSExecutor(flow)
-    flow.executor = executor
-    fresh = len(cloudpickle.dumps(flow))
+@pytest.mark.parametrize(
+    "executor", [LocalExecutor, EXECUTORS["threads"]], ids=["local", "threads"]
+)
+def test_the_executor_is_pickled_with_its_flow_and_without_a_run(executor, counted):
+    pickles = []
+
+    @task
+    def dump(part):
+        pickles.append(cloudpickle.dumps(executor))
+
+    with Flow("pickled") as flow:
+        dump(step(load(0)))
+    executor = DSExecutor(flow, executor())
     assert flow.run(executor=executor).is_successful()
-    pickled = cloudpickle.dumps(flow)
-    assert len(pickled) == fresh
-    copied = cloudpickle.loads(pickled)
-    assert copied.executor.flow is copied
-    assert copied.run(executor=copied.executor).is_successful()
+    copied = cloudpickle.loads(pickles[0])
+    assert copied.flow.name == "pickled" and not copied._under_way and not alive
+    assert copied.flow.run(executor=copied).is_successful()
 
 
 @from_0_12
