@@ -78,13 +78,18 @@ except ImportError:  # below 0.11
     LocalResult = None
 
 try:
+    from prefect.environments import LocalEnvironment
+except ImportError:  # from 0.14 on
+    LocalEnvironment = None
+
+try:
     from prefect.storage import Local
 except ImportError:  # below 0.14
     from prefect.environments.storage import Local
 
 try:
     from prefect.run_configs import LocalRun
-except ImportError:  # below 0.13
+except ImportError:  # below 0.13.1
     LocalRun = None
 
 #: The keyword by which the installed Prefect's `task` takes storage.
@@ -92,6 +97,9 @@ STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
 
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
+
+#: Whether a flow has an executor; before, its environment has one.
+HAS_EXECUTORS = "executor" in inspect.signature(Flow.__init__).parameters
 
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
@@ -151,12 +159,7 @@ from_0_11 = pytest.mark.skipif(
     not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
 )
 has_executors = pytest.mark.skipif(
-    "executor" not in inspect.signature(Flow.__init__).parameters,
-    reason="Below Prefect 0.13.10 a flow has no executor.",
-)
-under_a_backend = pytest.mark.skipif(
-    "executor" not in inspect.signature(Flow.__init__).parameters,
-    reason="This is held from the release on in which a flow has an executor.",
+    not HAS_EXECUTORS, reason="Below Prefect 0.13.10 a flow has no executor."
 )
 from_0_12 = pytest.mark.skipif(
     not prefect_ds._FLOW_RUNNER_MAPS,
@@ -282,6 +285,13 @@ INTERNALS = [
     ("prefect.core.flow.Flow.reference_tasks", "", "what is kept"),
     ("prefect.utilities.collections.merge_dicts", "d1 d2", "_merge_config"),
     ("prefect.context.config.flows.checkpointing", None, "_run_without_merging"),
+    ("prefect_ds.Executor.start", "", "DSExecutor"),
+    ("prefect.tasks.core.constants.Constant", None, "DSExecutor: edges that no flow has"),
+    (
+        "prefect.engine.cloud.CloudTaskRunner.call_runner_target_handlers",
+        "old_state new_state",
+        "_DSCloudTaskRunner: the checkpoint comes before the report",
+    ),
     ("prefect_ds.LocalExecutor.submit", "fn", "_Here"),
     ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
     ("prefect_ds.LocalDaskExecutor().scheduler", None, "_backend_for, _InPool"),
@@ -300,6 +310,16 @@ if prefect_ds._FLOW_RUNNER_MAPS:
             "prefect.engine.flow_runner.run_task",
             "task state upstream_states context upstream_mapped_states",
             "_Run",
+        ),
+        (
+            "prefect.engine.flow_runner.run_task",
+            "task upstream_states context task_runner_cls task_runner_state_handlers",
+            "DSExecutor",
+        ),
+        (
+            "prefect.engine.cloud.CloudTaskRunner.load_results",
+            "state upstream_states",
+            "_DSCloudTaskRunner: only what is read is loaded",
         ),
         ("prefect.engine.result.Result.copy", "", "PandasResult"),
     ]
@@ -4213,6 +4233,12 @@ class Backend:
         key = values["flow_run_id"], values["task_id"], int(values["map_index"])
         return self._task_run(*key)
 
+    def get_or_create_task_run(self, query, given):  # below 0.13
+        return self.get_or_create_task_run_info(query, given)
+
+    def task_run_by_pk(self, query, given):  # below 0.13
+        return self.get_task_run_info(query, given)
+
     def get_task_run_info(self, query, given):
         (run,) = [run for i, run in self.task_runs.items() if i in query]
         return run
@@ -4301,7 +4327,8 @@ def execute(backend, flow_run_id, timeout=60):
         PREFECT__ENGINE__TASK_RUNNER__DEFAULT_CLASS="prefect.engine.cloud.CloudTaskRunner",
     )
     done = subprocess.run(
-        prefect_cli("execute", "flow-run"), env=environment, timeout=timeout,
+        prefect_cli("execute", "flow-run" if HAS_EXECUTORS else "cloud-flow"),
+        env=environment, timeout=timeout,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     print(done.stdout.decode())
@@ -4355,16 +4382,24 @@ def wait_until(condition, timeout=60):
         time.sleep(0.1)
 
 
+def for_an_agent(flow, executor):
+    """Let a flow have what it needs to be registered, and this executor."""
+    if HAS_EXECUTORS:
+        flow.executor = executor
+        flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
+    else:
+        flow.environment = LocalEnvironment(executor=executor)
+    flow.storage = Local(directory=os.path.abspath("flows"))
+    flow.result = flow.storage.result
+    return flow
+
+
 def flow_of(code):
     """The flow that this code makes; it is pickled whole, as if it were a script's."""
     names = {"__name__": "__main__", "STORAGE": STORAGE}
     exec(textwrap.dedent(IN_EACH_FLOW) + textwrap.dedent(code), names)
     flow = names["flow"]
-    flow.executor = names["executor"]
-    flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
-    flow.storage = Local(directory=os.path.abspath("flows"))
-    flow.result = flow.storage.result
-    return flow
+    return for_an_agent(flow, names["executor"])
 
 
 IN_EACH_FLOW = """
@@ -4434,8 +4469,10 @@ def by_hand(backend):
     yield execute
 
 
-@under_a_backend
-@pytest.mark.parametrize("executing", [by_hand, agent], ids=["by_hand", "agent"])
+@from_0_12
+@pytest.mark.parametrize(
+    "executing", [by_hand, pytest.param(agent, marks=has_executors)], ids=["by_hand", "agent"]
+)
 def test_runs_loads_recomputes_and_retries_under_a_backend(executing, backend):
     write_text("x", "1")
     flow_id = backend.register(flow_of(STAGES))
@@ -4492,18 +4529,15 @@ def resume_here(backend, flow, flow_run_id):
             "logging.log_to_cloud": False,
         }
     ), prefect.context(flow_run_id=flow_run_id):
-        CloudFlowRunner(flow=flow).run()
+        executor = None if HAS_EXECUTORS else flow.environment.executor
+        CloudFlowRunner(flow=flow).run(executor=executor)
 
 
-def on_disk(flow, executor=None):
-    """Let a flow have what it would have if it was registered."""
-    flow.executor = DSExecutor(flow, executor)
-    flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
-    flow.storage = Local(directory=os.path.abspath("flows"))
-    return flow
+def on_disk(flow):
+    return for_an_agent(flow, DSExecutor(flow))
 
 
-@under_a_backend
+@from_0_12
 @pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
 def test_frames_alive_under_a_backend(build, backend, counted):
     flow_run_id = run_here(backend, on_disk(build()))
@@ -4521,7 +4555,7 @@ def read_at_second_try(frame):
         raise ValueError("Not yet.")
 
 
-@under_a_backend
+@from_0_12
 def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
     make = Calls().make(**stored("{id}.csv"))
     read = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
@@ -4536,7 +4570,7 @@ def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
     assert noted() == ["1 1"] * 4 + ["2 1"] * 4
 
 
-@under_a_backend
+@from_0_12
 def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(backend, counted):
     fail_once = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
     with Flow("kept") as flow:
@@ -4546,7 +4580,7 @@ def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(back
     assert noted() == ["1 1", "1 2", "1 3"]
 
 
-@under_a_backend
+@from_0_12
 def test_what_is_not_read_is_not_loaded_for_a_retry(backend, log):
     calls = Calls()
     make = calls.make(**stored("{id}.csv"))
@@ -4565,7 +4599,7 @@ def test_what_is_not_read_is_not_loaded_for_a_retry(backend, log):
     assert "Wrote 1.csv" in log(logging.INFO) and "Loaded 1.csv" not in log(logging.INFO)
 
 
-@under_a_backend
+@from_0_12
 @pytest.mark.parametrize("max_retries", [0, 1])
 def test_a_write_that_fails_is_reported_once(max_retries, backend):
     heard = []
@@ -4591,7 +4625,7 @@ def test_a_write_that_fails_is_reported_once(max_retries, backend):
     assert "path {i}.csv: TypeError: PandasResult stores a pandas DataFrame" in history[1][1]
 
 
-@under_a_backend
+@from_0_12
 def test_a_loop_is_written_once_under_a_backend(backend, log):
     @task(**stored("{start}.csv"))
     def count(start):
@@ -4611,7 +4645,7 @@ def test_a_loop_is_written_once_under_a_backend(backend, log):
     assert log(logging.INFO).count("Wrote 0.csv") == 1
 
 
-@under_a_backend
+@from_0_12
 def test_a_target_is_reported_as_loaded(backend, log):
     @task(target="{i}.csv", result=PandasResult())
     def make(i):
@@ -4628,7 +4662,7 @@ def test_a_target_is_reported_as_loaded(backend, log):
     assert log(logging.INFO).count("Wrote 1.csv") == 1
 
 
-@under_a_backend
+@from_0_12
 def test_a_damaged_file_is_kept_beside_the_new_one_under_a_backend(backend):
     Path("1.parquet").write_text("damaged")
     calls = Calls()
@@ -4641,7 +4675,7 @@ def test_a_damaged_file_is_kept_beside_the_new_one_under_a_backend(backend):
     assert_frame_equal(pandas.read_parquet("1.parquet"), FRAME.assign(id=1))
 
 
-@under_a_backend
+@from_0_12
 def test_recomputing_a_task_that_is_not_there_is_refused_under_a_backend(backend):
     calls = Calls()
     with Flow("refused") as flow:
@@ -4680,7 +4714,7 @@ def cancel_while_it_sleeps(backend, execute, executor):
     assert final == state.Cancelled()
 
 
-@under_a_backend
+@from_0_12
 @pytest.mark.parametrize("executor", ["None", "prefect_ds.LocalDaskExecutor(num_workers=2)"])
 def test_cancelling_ends_what_runs(executor, backend):
     threads = LocalDaskExecutor()
