@@ -412,6 +412,7 @@ def test_flow_runner_waits_for_tasks_at_the_end_and_for_edges_before(monkeypatch
 
 def test_exports_these_names():
     assert sorted(prefect_ds.__all__) == [
+        "DSExecutor",
         "DSFlowRunner",
         "DSTaskRunner",
         "PandasResult",
@@ -4575,7 +4576,8 @@ def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(back
     fail_once = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
     with Flow("kept") as flow:
         fail_once.map(load.map([1, 2, 3]))
-    flow_run_id = run_here(backend, on_disk(flow))
+    on_disk(flow).result = None
+    flow_run_id = run_here(backend, flow)
     assert backend.state(flow_run_id).is_running()
     assert noted() == ["1 1", "1 2", "1 3"]
 
@@ -4623,6 +4625,25 @@ def test_a_write_that_fails_is_reported_once(max_retries, backend):
     assert reported == ["Running", "Failed", *again]
     assert heard == reported
     assert "path {i}.csv: TypeError: PandasResult stores a pandas DataFrame" in history[1][1]
+
+
+@from_0_12
+def test_a_path_that_cannot_be_filled_is_reported_once(backend):
+    heard = []
+
+    @task(
+        state_handlers=[lambda task, old, new: heard.append(type(new).__name__)],
+        **stored("{missing}.csv"),
+    )
+    def make(i):
+        return FRAME
+
+    with Flow("fails") as flow:
+        make(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    ((reported,),) = backend.history(flow_run_id, "make").values()
+    assert reported[0] == "Failed" and "the field 'missing' is missing" in reported[1]
+    assert heard == ["Running", "Failed"]
 
 
 @from_0_12
@@ -4915,14 +4936,14 @@ def test_a_task_that_runs_its_own_flow_on_the_executor():
     @task
     def recurse(depth):
         depths.append(depth)
-        return flow.run(depth=depth - 1, executor=executor).is_successful() if depth else True
+        return [not depth or flow.run(depth=depth - 1, executor=executor).is_successful()]
 
     @task
     def check(is_fine):
         assert is_fine
 
     with Flow("recursive") as flow:
-        check(recurse(Parameter("depth")))
+        check.map(recurse(Parameter("depth")))
     executor = DSExecutor(flow)
     assert flow.run(depth=2, executor=executor).is_successful()
     assert depths == [2, 1, 0]
