@@ -4571,7 +4571,7 @@ def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
     assert noted() == ["1 1"] * 4 + ["2 1"] * 4
 
 
-@from_0_12
+@has_executors  # Below, Prefect refuses to register such a flow.
 def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(backend, counted):
     fail_once = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
     with Flow("kept") as flow:
@@ -4720,29 +4720,32 @@ SLEEP = """
 """
 
 
-def cancel_while_it_sleeps(backend, execute, executor):
-    flow_run_id = backend.create(backend.register(flow_of(SLEEP % executor)))
-    before = len(noted())
-
-    def cancel():
-        wait_until(lambda: len(noted()) > before)
-        backend.cancel(flow_run_id)
-
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    final = execute(backend, flow_run_id, timeout=50)
-    thread.join()
-    assert final == state.Cancelled()
-
-
-@from_0_12
-@pytest.mark.parametrize("executor", ["None", "prefect_ds.LocalDaskExecutor(num_workers=2)"])
-def test_cancelling_ends_what_runs(executor, backend):
+@has_executors
+@pytest.mark.parametrize(
+    "executing, executor",
+    [
+        (by_hand, "None"),
+        (agent, "None"),
+        (by_hand, "prefect_ds.LocalDaskExecutor(num_workers=2)"),
+    ],
+    ids=["by_hand", "agent", "threads"],
+)
+def test_cancelling_ends_what_runs(executing, executor, backend):
     threads = LocalDaskExecutor()
     with threads.start():
         if executor != "None" and not isinstance(threads._pool, concurrent.futures.Executor):
             pytest.skip("Below Prefect 1.0 the flow run ends when its threads do.")
-    cancel_while_it_sleeps(backend, execute, executor)
+    flow_run_id = backend.create(backend.register(flow_of(SLEEP % executor)))
+
+    def cancel():
+        wait_until(noted)
+        backend.cancel(flow_run_id)
+
+    with executing(backend) as execute, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        cancelled = pool.submit(cancel)
+        final = execute(backend, flow_run_id, timeout=50)
+        cancelled.result()
+    assert type(final) is state.Cancelled
 
 
 # The executor, without a backend --------------------------------------------------------------
