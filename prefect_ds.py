@@ -2094,7 +2094,7 @@ class _Run:
     # -- what the flow runner asks for
 
     def submit(self, fn, *args, extra_context=None, **kwargs):
-        self._is_reported = _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
+        self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
         record = self._record_of(kwargs.get("task"))
         given = kwargs.get("state", args[0] if args else None)
         if isinstance(given, Mapped) and any(getattr(s, _HELD, False) for s in given.map_states):
@@ -3086,7 +3086,7 @@ class DSExecutor(Executor):
 
     def wait(self, futures):
         """Run calls until these are done; return what they came to."""
-        ends = self.flow.terminal_tasks() | self.flow.reference_tasks()
+        ends = {*self.flow.terminal_tasks(), *self.flow.reference_tasks()}
         is_end = isinstance(futures, dict) and any(isinstance(key, Task) for key in futures)
         if is_end and not ends <= set(futures):
             raise self._other_flow(f"does not end with {_names(ends - set(futures))}")
@@ -3096,9 +3096,9 @@ class DSExecutor(Executor):
         """Raise if this task reads something else than in the flow that is known."""
         if task not in self.flow.tasks:
             raise self._other_flow(f"has another task {task.name!r}")
-        constants = {e for e in edges if isinstance(e.upstream_task, Constant)}
-        known = self.flow.edges_to(task)
-        if not known <= set(edges) or not set(edges) - known <= constants:
+        known = set(self.flow.edges_to(task))
+        added = {e for e in set(edges) - known if not isinstance(e.upstream_task, Constant)}
+        if added or not known <= set(edges):
             raise self._other_flow(f"has other edges to the task {task.name!r}")
 
     def _other_flow(self, difference):
@@ -3124,6 +3124,7 @@ class DSExecutor(Executor):
         elif not is_cloud and checkpoint_handler not in handlers:
             kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
         if kwargs["task"] in under_way.spread:
+            # It names the task, as flows within that inherit its context.
             kwargs["context"] = {**context, _SPREADS: (context["flow_name"], context["task_slug"])}
 
 

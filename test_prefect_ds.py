@@ -5523,3 +5523,29 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         assert ours == theirs
 
     compare()
+
+
+class OnDSExecutor(FlowRunner):
+    """Prefect's, on a `DSExecutor`."""
+
+    def get_flow_run_state(self, state, executor, **kwargs):
+        executor = DSExecutor(self.flow, executor)
+        return super().get_flow_run_state(state, executor=executor, **kwargs)
+
+
+@from_0_12
+@pytest.mark.parametrize("pausing", [False, True])
+def test_the_executor_runs_any_flow_as_prefect_does(pausing):
+    @settings(
+        max_examples=max(1, _EXAMPLES // 4),
+        deadline=None,
+        print_blob=True,
+        derandomize="PREFECT_DS_EXAMPLES" not in os.environ,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(plan=_plans(pausing, caching=True))
+    def compare(plan):
+        theirs = _outcomes(plan, FlowRunner, LocalExecutor)
+        assert _outcomes(plan, OnDSExecutor, LocalExecutor) == theirs
+
+    compare()
