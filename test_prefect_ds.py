@@ -5009,6 +5009,8 @@ def test_snippets_of_the_readme_print_what_it_says(capsys):
     names = {"__name__": "readme"}
     try:
         for code, printed in snippets:
+            if "DSExecutor" in code and not prefect_ds._FLOW_RUNNER_MAPS:
+                continue  # It needs Prefect 0.12.
             exec(
                 code.replace("result=PandasResultHandler", STORAGE + "=PandasResultHandler"), names
             )
