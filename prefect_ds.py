@@ -10,6 +10,8 @@ The entry points, in the order in which data goes through them:
     A `TaskRunner` that lets the task's arguments fill the template in the path.
 `DSFlowRunner`
     A `FlowRunner` that drops each result as soon as its last reader has finished.
+`DSExecutor`
+    An `Executor` that does all this where Prefect chooses the runners: under Server and Cloud.
 `PurgedResult`
     What a dropped result is replaced with.
 
@@ -60,14 +62,16 @@ import numpy
 import pandas
 import prefect
 import psutil
-from prefect.core import Edge, Task
+from prefect.core import Edge, Flow, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
+from prefect.engine.cloud import CloudTaskRunner
 from prefect.engine.flow_runner import FlowRunner
 from prefect.engine.result import NoResult, Result
 from prefect.engine.runner import ENDRUN
 from prefect.engine.state import Cached, Failed, Mapped, Pending, State, Success
 from prefect.engine.task_runner import TaskRunner
 from prefect.tasks.core import collections as _prefect_collections
+from prefect.tasks.core.constants import Constant
 from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
 
@@ -84,6 +88,7 @@ __all__ = [
     "checkpoint_handler",
     "DSTaskRunner",
     "DSFlowRunner",
+    "DSExecutor",
     "PurgedResult",
 ]
 
@@ -107,9 +112,9 @@ _FLOW_RUNNER_MAPS = hasattr(_prefect_flow_runner, "run_task")
 _CONTEXT_CONFIGURES = tuple(map(int, prefect.__version__.split(".")[:2])) >= (0, 13)
 
 try:
-    from prefect.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
+    from prefect.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 except ImportError:  # below 0.14
-    from prefect.engine.executors import DaskExecutor, LocalDaskExecutor, LocalExecutor
+    from prefect.engine.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 
 #: Tasks that Prefect runs again in every later round of an unfinished flow, where it has them.
 _RESTARTED: tuple = (getattr(prefect.tasks.secrets, "SecretBase", ()),)
@@ -257,6 +262,7 @@ _CLAIM = "_prefect_ds_claim"
 _RECOMPUTED = "_prefect_ds_recomputed"
 
 #: All tasks downstream are to be computed again, too, in the flow run that started at this time.
+#: `DSExecutor` has it in the context as well.
 _SPREADS = "_prefect_ds_recompute_spreads"
 
 #: The task's file was found, so that it did not run.
@@ -418,6 +424,11 @@ class _TaskRun:
             if run is not None and run.place == _place():
                 return run
         return None
+
+    @classmethod
+    def is_any_under_way(cls):
+        """Whether this is called in a task, be it of another flow."""
+        return getattr(cls._in_thread, "run", None) is not None
 
     def puts_off(self, storage):
         """Whether Prefect's wish to write is put off: what a loop has in between is not stored."""
@@ -607,10 +618,7 @@ _claims_lock = threading.Lock()
 
 def _known_of_flow_run(subject):
     """A dictionary for the flow run that the context is of; it goes when that ends."""
-    for name in ("scheduled_start_time", "date"):
-        # All rounds of a flow run share the first, and each round its own second one.
-        moment = prefect.context.get(name)
-        key = id(moment), prefect.context.get("flow_name")
+    for moment, key in _keys_of_flow_run():
         if key not in _known:
             try:
                 weakref.finalize(moment, _known.pop, key, None)
@@ -618,6 +626,18 @@ def _known_of_flow_run(subject):
                 continue
         return _known.setdefault(key, {}).setdefault(subject, {})
     return {}
+
+
+def _keys_of_flow_run():
+    # All rounds of a flow run share the first, and each round its own second one.
+    moments = map(prefect.context.get, ("scheduled_start_time", "date"))
+    return [(moment, (id(moment), prefect.context.get("flow_name"))) for moment in moments]
+
+
+def _forget_flow_run():
+    """The flow run has ended; another one, in the same task, may share its moment."""
+    for _, key in _keys_of_flow_run():
+        _known.pop(key, None)
 
 
 def _conflict(earlier, later):
@@ -1541,6 +1561,10 @@ class _Again:
     """How a task run whose file was found can still take place, as far as its inputs are there."""
 
     def __init__(self, task_runner, upstream_states):
+        if isinstance(task_runner, CloudTaskRunner):  # The backend has been told how it ended.
+            plain = DSTaskRunner(task=task_runner.task, state_handlers=[checkpoint_handler])
+            setattr(plain, _STORAGE, getattr(task_runner, _STORAGE))
+            task_runner = plain
         self._task_runner: TaskRunner = task_runner
         self._upstream_states: Dict[Edge, State] = upstream_states
         self._context: dict = {k: v for k, v in prefect.context.items() if k != "config"}
@@ -1905,7 +1929,8 @@ def checkpoint_handler(task_runner, old_state, new_state):
             _write_checkpoint(task_runner, new_state)
     except Exception as exc:
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
-        return task_runner.call_runner_target_handlers(new_state, _failed(task_runner, exc))
+        tell = getattr(task_runner, "tell_handlers", task_runner.call_runner_target_handlers)
+        return tell(new_state, _failed(task_runner, exc))
     return new_state
 
 
@@ -2103,8 +2128,10 @@ class DSTaskRunner(TaskRunner):
         if maps and prefect.context.get("map_index") is None and not state.is_mapped():
             self._check_inputs(state)
         matching = [p for p in _recompute_patterns() if _matches(p, self.task)]
-        task_run.spreads = any(_spreads(p, self.task) for p in matching) or any(
-            getattr(upstream, _SPREADS, None) == task_run.started for _, upstream in seen
+        task_run.spreads = (
+            any(_spreads(p, self.task) for p in matching)
+            or any(getattr(upstream, _SPREADS, None) == task_run.started for _, upstream in seen)
+            or prefect.context.get(_SPREADS) == _place()[::2]
         )
         task_run.recomputes = bool(matching) or task_run.spreads
         newest = [
@@ -2194,6 +2221,27 @@ class DSTaskRunner(TaskRunner):
             inputs = task_run.inputs or {}
             _let_go_of_data(old_state.result, [*map(_at_hand, inputs.values()), *task_run.read])
         return new_state
+
+
+class _BeforeReport(TaskRunner):
+    """Looks for the checkpoint when a task's handlers have acted: what it finds is reported."""
+
+    #: Of a checkpoint that fails only they hear: the backend does when this returns.
+    tell_handlers = TaskRunner.call_runner_target_handlers
+
+    def call_runner_target_handlers(self, old_state, new_state):
+        new_state = super().call_runner_target_handlers(old_state, new_state)
+        return checkpoint_handler(self, old_state, new_state)
+
+
+class _DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
+    """The `DSTaskRunner`, with its checkpoints, that reports to Prefect Server or Cloud."""
+
+    def load_results(self, state, upstream_states):
+        """As Prefect's, but only of what the task reads: for the rest nobody has a claim."""
+        read = {edge: upstream for edge, upstream in upstream_states.items() if _is_read(edge)}
+        state, loaded = super().load_results(state=state, upstream_states=read)
+        return state, {**upstream_states, **loaded}
 
 
 # Results that nobody needs any more ---------------------------------------------------------
@@ -2486,8 +2534,11 @@ class _Run:
         self._free = []  # calls that may run before the flow runner asks for them
         self._under_way = 0
         self._context = {}  # what the contexts of all calls have in common
+        self._is_reported = False  # given states come from a backend: they are nobody else's
         #: in the end: that two task runs had one file, in words
         self.conflict: Optional[str] = None
+        #: in the end: whether there will be no other round
+        self.is_finished: bool = False
 
     def __getattr__(self, name):
         return getattr(self._executor, name)
@@ -2502,6 +2553,8 @@ class _Run:
                 self._progress.close(self._count)
                 calls = [call for record in self._records.values() for call in record.calls]
                 self.conflict = _check_claims(call.value for call in calls)
+                if self.is_finished:
+                    _forget_flow_run()
                 # A call and its record refer to each other.
                 for record in self._records.values():
                     record.calls.clear()
@@ -2510,6 +2563,7 @@ class _Run:
     # -- what the flow runner asks for
 
     def submit(self, fn, *args, extra_context=None, **kwargs):
+        self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
         record = self._record_of(kwargs.get("task"))
         given = kwargs.get("state", args[0] if args else None)
         if isinstance(given, Mapped) and any(getattr(s, _HELD, False) for s in given.map_states):
@@ -2582,7 +2636,7 @@ class _Run:
                     known.extend(passed.upstream)
 
     def _new_call(self, record, given):
-        call = _Call(next(self._numbers), record, given)
+        call = _Call(next(self._numbers), record, None if self._is_reported else given)
         if record is not None:
             record.calls.append(call)
             record.reading += 1
@@ -2717,7 +2771,10 @@ class _Run:
         if not self._backend.schedules:
             self._order.clear(call)
         if call.record is not None:
-            if _has_read_for_good(outcome) and not call.record.restarts:
+            is_over = _has_read_for_good(outcome)
+            if self._is_reported and not is_over:
+                self._keep_what_has_no_file(call)
+            if (self._is_reported or is_over) and not call.record.restarts:
                 self._release_inputs(call)
             else:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
@@ -2728,6 +2785,13 @@ class _Run:
         if call.given is not call.value:
             call.given = None
         self._progress.tell(self._count)
+
+    def _keep_what_has_no_file(self, call):
+        """A call that is not over goes on in another process, which reads its inputs from files."""
+        for edge, upstream in _inputs(call):
+            for other in _calls_in(upstream) if edge and _is_read(edge) else ():
+                if _has_result(other.value) and _location_of(other.value._result) is None:
+                    other.claims = float("inf")
 
     def _release_inputs(self, call):
         record = call.record
@@ -2754,12 +2818,12 @@ class _Run:
     def _close(self):
         """If there will be no other round, drop what was held for one; else mark it."""
         ends = [call.value for record in self._terminal for call in record.calls]
-        is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
+        self.is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         for record in self._records.values():
             for call in record.calls:
-                _drop(call.value, call.given, record.is_kept or not is_finished)
+                _drop(call.value, call.given, record.is_kept or not self.is_finished)
                 is_own = call.value is not call.given and isinstance(call.value, State)
-                if is_own and not (is_finished or record.is_kept):
+                if is_own and not (self.is_finished or record.is_kept):
                     setattr(call.value, _HELD, True)
 
     def _count(self):
@@ -3417,22 +3481,9 @@ class DSFlowRunner(FlowRunner):
 
     def get_flow_run_state(self, state, executor, **kwargs):
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
-        for pattern in _recompute_patterns():
-            is_known = any(_matches(pattern, task) for task in self.flow.tasks)
-            if not is_known and pattern != _OUT_OF_DATE:
-                raise ValueError(
-                    f"recompute={pattern!r} matches no task of this flow. It has: "
-                    f"{', '.join(sorted({task.name for task in self.flow.tasks}))}."
-                )
-        # Below 0.12 the context has only those parameters that were passed.
-        parameters = dict(prefect.context.get("parameters") or {})
-        for parameter in self.flow.parameters():
-            if not parameter.required:
-                parameters.setdefault(parameter.name, parameter.default)
-        prefect.context["parameters"] = parameters
-        self._warn_if_nothing_is_stored(kwargs)
-        backend = _backend_for(executor, self.logger)
-        run = _Run(self.flow, executor, backend, self.logger) if backend else None
+        run = _new_run(self.flow, executor, self.logger)
+        if not isinstance(executor, DSExecutor):
+            self._warn_if_nothing_is_stored(kwargs)
         state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
         message = run.conflict if run else _check_claims(_with_children(state.result))
         if message and state.is_finished():
@@ -3459,6 +3510,177 @@ class DSFlowRunner(FlowRunner):
                 "task_runner_state_handlers=[checkpoint_handler].",
                 ", ".join(sorted(names)),
             )
+
+
+class DSExecutor(Executor):
+    """An `Executor` that does what `DSFlowRunner` does, where Prefect chooses the flow runner.
+
+    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
+    by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
+    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12.
+
+    Parameters
+    ----------
+    flow : prefect.Flow
+        The flow that has this executor. It may still get tasks. A copy of it needs a `DSExecutor`
+        of its own as soon as it has other tasks, edges or reference tasks.
+    executor : prefect.executors.Executor, optional
+        What runs the tasks: a `LocalExecutor` by default.
+
+    Notes
+    -----
+    `TaskRunner` and Prefect's `CloudTaskRunner` are replaced. A task runner class of your own is
+    left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
+
+    Examples
+    --------
+    >>> flow.executor = DSExecutor(flow)  # doctest: +SKIP
+    >>> flow.register(project_name="sales")  # doctest: +SKIP
+    """
+
+    def __init__(self, flow, executor=None):
+        if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
+            raise TypeError(
+                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}, as in "
+                "flow.executor = DSExecutor(flow, LocalDaskExecutor())."
+            )
+        if not _FLOW_RUNNER_MAPS:
+            raise NotImplementedError(
+                "DSExecutor needs Prefect 0.12; below, use flow.run(runner_cls=DSFlowRunner)."
+            )
+        super().__init__()
+        self.flow = flow
+        self.executor = executor or LocalExecutor()
+        self._under_way: dict = {}
+
+    def __getstate__(self):
+        return {**vars(self), "_under_way": {}}
+
+    @contextmanager
+    def start(self):
+        """Start Prefect's executor, for a run of the flow in this thread."""
+        thread = threading.get_ident()
+        outer = self._under_way.get(thread)
+        run = _new_run(self.flow, self.executor, self.logger)
+        self._under_way[thread] = _UnderWay(run or self.executor, _spread_over(self.flow), set())
+        try:
+            with self._under_way[thread].run.start():
+                yield
+        finally:
+            self._under_way[thread] = outer
+        if run and run.conflict and run.is_finished:
+            raise ValueError(run.conflict)
+
+    def submit(self, fn, *args, **kwargs):
+        """Put off a call; a task is run by a task runner that knows of checkpoints."""
+        under_way = self._under_way[threading.get_ident()]
+        if "task_runner_cls" in kwargs:
+            self._check_edges(kwargs["task"], kwargs["upstream_states"])
+            self._add_checkpoints(under_way, kwargs)
+        return under_way.run.submit(fn, *args, **kwargs)
+
+    def wait(self, futures):
+        """Run calls until these are done; return what they came to."""
+        ends = {*self.flow.terminal_tasks(), *self.flow.reference_tasks()}
+        is_end = isinstance(futures, dict) and any(isinstance(key, Task) for key in futures)
+        if is_end and not ends <= set(futures):
+            raise self._other_flow(f"does not end with {_names(ends - set(futures))}")
+        return self._under_way[threading.get_ident()].run.wait(futures)
+
+    def _check_edges(self, task, edges):
+        """Raise if this task reads something else than in the flow that is known."""
+        if task not in self.flow.tasks:
+            raise self._other_flow(f"has another task {task.name!r}")
+        known = set(self.flow.edges_to(task))
+        added = {e for e in set(edges) - known if not isinstance(e.upstream_task, Constant)}
+        if added or not known <= set(edges):
+            raise self._other_flow(f"has other edges to the task {task.name!r}")
+
+    def _other_flow(self, difference):
+        return ValueError(
+            f"This DSExecutor was made for another flow {self.flow.name!r}: the one that runs "
+            f"{difference}. A changed copy needs one of its own: flow.executor = DSExecutor(flow)."
+        )
+
+    def _add_checkpoints(self, under_way, kwargs):
+        given, context = kwargs["task_runner_cls"], kwargs["context"]
+        kwargs["task_runner_cls"] = cls = _TASK_RUNNERS.get(given, given)
+        is_cloud = _is_class(cls, CloudTaskRunner)
+        handlers = kwargs["task_runner_state_handlers"] or ()
+        if not _is_class(cls, DSTaskRunner):
+            if cls not in under_way.left_alone:
+                under_way.left_alone.add(cls)
+                base = _TASK_RUNNERS[CloudTaskRunner if is_cloud else TaskRunner]
+                self.logger.warning(
+                    "DSExecutor leaves the task runner class %s as it is: nothing is stored or "
+                    "loaded. For that, let it inherit from prefect_ds.%s.",
+                    getattr(cls, "__name__", cls), base.__name__,
+                )  # fmt: skip
+        elif not is_cloud and checkpoint_handler not in handlers:
+            kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
+        if kwargs["task"] in under_way.spread:
+            # It names the task, as flows within that inherit its context.
+            kwargs["context"] = {**context, _SPREADS: (context["flow_name"], context["task_slug"])}
+
+
+#: By what `DSExecutor` replaces Prefect's own.
+_TASK_RUNNERS = {TaskRunner: DSTaskRunner, CloudTaskRunner: _DSCloudTaskRunner}
+
+
+class _UnderWay(NamedTuple):
+    """A flow run on a `DSExecutor`."""
+
+    run: Any  # what takes the calls
+    spread: set  # tasks that are downstream of one that is computed again, if that spreads
+    left_alone: set  # task runner classes that are not ours
+
+
+def _is_class(cls, base):
+    return isinstance(cls, type) and issubclass(cls, base)
+
+
+def _names(tasks):
+    return ", ".join(sorted({task.name for task in tasks}))
+
+
+def _new_run(flow, executor, logger):
+    """What puts the flow's calls in order; None on an executor that is to do so itself."""
+    for pattern in _recompute_patterns():
+        if pattern == _OUT_OF_DATE or any(_matches(pattern, task) for task in flow.tasks):
+            continue
+        message = (
+            f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
+        )
+        if not _is_recompute_inherited():
+            raise ValueError(message)
+        logger.warning(message)
+    # Below 0.12 the context has only those parameters that were passed.
+    parameters = dict(prefect.context.get("parameters") or {})
+    for parameter in flow.parameters():
+        if not parameter.required:
+            parameters.setdefault(parameter.name, parameter.default)
+    prefect.context["parameters"] = parameters
+    backend = _backend_for(executor, logger)
+    return _Run(flow, executor, backend, logger) if backend else None
+
+
+def _is_recompute_inherited():
+    """Whether it was not said for this flow: but in the environment, or for one around it."""
+    in_environment = prefect.config.get("context", {}).get(_RECOMPUTE)
+    return _TaskRun.is_any_under_way() or prefect.context.get(_RECOMPUTE) == in_environment
+
+
+def _spread_over(flow):
+    """The tasks that are computed again since one upstream is.
+
+    States carry this, too, but not those that come from a backend.
+    """
+    patterns, found = _recompute_patterns(), set()
+    for task in flow.sorted_tasks() if patterns else ():
+        named = any(_matches(pattern, task) and _spreads(pattern, task) for pattern in patterns)
+        if named or any(edge.upstream_task in found for edge in flow.edges_to(task)):
+            found.add(task)
+    return found
 
 
 def _with_children(states):

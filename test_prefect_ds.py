@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -14,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import textwrap
 import threading
 import time
 import traceback
+import uuid
 import warnings
 import weakref
 import zipfile
@@ -38,23 +41,27 @@ import cloudpickle
 import pandas
 import pendulum
 import prefect
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from prefect import Flow, Parameter, Task, task, triggers, unmapped
-from prefect.engine import FlowRunner, signals, state
+from prefect.engine import FlowRunner, TaskRunner, signals, state
+from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.result import Result
 from prefect.engine.state import Success
 from prefect.schedules import Schedule
 from prefect.schedules.clocks import DatesClock
 from prefect.tasks import control_flow
 from prefect.tasks.secrets import EnvVarSecret
+from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.debug import raise_on_exception
 
 import prefect_ds
 from prefect_ds import (
     DaskExecutor,
+    DSExecutor,
     DSFlowRunner,
     DSTaskRunner,
     LocalDaskExecutor,
@@ -70,11 +77,29 @@ try:
 except ImportError:  # below 0.11
     LocalResult = None
 
+try:
+    from prefect.environments import LocalEnvironment
+except ImportError:  # from 0.14 on
+    LocalEnvironment = None
+
+try:
+    from prefect.storage import Local
+except ImportError:  # below 0.14
+    from prefect.environments.storage import Local
+
+try:
+    from prefect.run_configs import LocalRun
+except ImportError:  # below 0.13.1
+    LocalRun = None
+
 #: The keyword by which the installed Prefect's `task` takes storage.
 STORAGE = "result" if prefect_ds._HAS_LOCATIONS else "result_handler"
 
 #: Whether results are purged on Dask's executors, too.
 PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
+
+#: Whether a flow has an executor; before, its environment has one.
+HAS_EXECUTORS = "executor" in inspect.signature(Flow.__init__).parameters
 
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
@@ -132,6 +157,9 @@ purges_on_dask = pytest.mark.skipif(
 )
 from_0_11 = pytest.mark.skipif(
     not prefect_ds._HAS_LOCATIONS, reason="Below Prefect 0.11 results have no location."
+)
+has_executors = pytest.mark.skipif(
+    not HAS_EXECUTORS, reason="Below Prefect 0.13.10 a flow has no executor."
 )
 from_0_12 = pytest.mark.skipif(
     not prefect_ds._FLOW_RUNNER_MAPS,
@@ -266,6 +294,13 @@ INTERNALS = [
     ("prefect.core.flow.Flow.reference_tasks", "", "what is kept"),
     ("prefect.utilities.collections.merge_dicts", "d1 d2", "_merge_config"),
     ("prefect.context.config.flows.checkpointing", None, "_run_without_merging"),
+    ("prefect_ds.Executor.start", "", "DSExecutor"),
+    ("prefect.tasks.core.constants.Constant", None, "DSExecutor: edges that no flow has"),
+    (
+        "prefect.engine.cloud.CloudTaskRunner.call_runner_target_handlers",
+        "old_state new_state",
+        "_DSCloudTaskRunner: the checkpoint comes before the report",
+    ),
     ("prefect_ds.LocalExecutor.submit", "fn", "_Here"),
     ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
     ("prefect_ds.LocalDaskExecutor().scheduler", None, "_backend_for, _InPool"),
@@ -284,6 +319,16 @@ if prefect_ds._FLOW_RUNNER_MAPS:
             "prefect.engine.flow_runner.run_task",
             "task state upstream_states context upstream_mapped_states",
             "_Run, _HAND_ON",
+        ),
+        (
+            "prefect.engine.flow_runner.run_task",
+            "task upstream_states context task_runner_cls task_runner_state_handlers",
+            "DSExecutor",
+        ),
+        (
+            "prefect.engine.cloud.CloudTaskRunner.load_results",
+            "state upstream_states",
+            "_DSCloudTaskRunner: only what is read is loaded",
         ),
         ("prefect.engine.result.Result.copy", "", "PandasResult"),
         (
@@ -386,6 +431,7 @@ def test_flow_runner_waits_for_tasks_at_the_end_and_for_edges_before(monkeypatch
 
 def test_exports_these_names():
     assert sorted(prefect_ds.__all__) == [
+        "DSExecutor",
         "DSFlowRunner",
         "DSTaskRunner",
         "PandasResult",
@@ -2167,6 +2213,9 @@ def test_protocols_may_be_joined(memory):
 # A task whose file is there is not run ------------------------------------------------------
 
 
+FOUND = "Found {}, which is read when somebody asks for it."
+
+
 @on_each_executor
 def test_runs_a_task_once_and_then_loads_it(executor, log):
     with Flow("twice") as flow:
@@ -2179,7 +2228,7 @@ def test_runs_a_task_once_and_then_loads_it(executor, log):
     assert_frame_equal(second.result[plain].result, first.result[plain].result)
     for before, after in zip(first.result[mapped].result, second.result[mapped].result):
         assert_frame_equal(before, after)
-    assert second.result[plain].message.startswith("Found plain_1.csv")
+    assert second.result[plain].message == FOUND.format("plain_1.csv")
     assert files() == ["mapped_2.csv", "mapped_3.csv", "plain_1.csv"]
     assert sorted(calls) == [1, 2, 3] or executor is EXECUTORS["dask"]
     said = log(logging.INFO)
@@ -3589,6 +3638,35 @@ def test_recomputes_what_has_a_target(result):
         assert len(calls) == expected and files() == ["out.pkl"]
 
 
+def test_a_pattern_that_is_inherited_need_not_match(log):
+    with Flow("inner") as inner:
+        Calls().make(name="inside", **stored("inside.csv"))(1)
+    with Flow("outer") as outer:
+        result = task(lambda: run(inner).is_successful(), name="outside")()
+    assert run(outer, context={"recompute": "outside"}).result[result].result is True
+    assert "recompute='outside' matches no task" in log(logging.WARNING)
+
+
+def test_flow_runs_in_one_task_are_flow_runs_of_their_own():
+    @task
+    def inner(x):
+        with Flow("inner") as flow:
+            made = Calls().make(**stored("inner.csv"))(Parameter("id"))
+        end = DSFlowRunner(flow).run(
+            parameters={"id": x},
+            context={"recompute": "make"},
+            return_tasks=[made],
+            task_runner_state_handlers=[checkpoint_handler],
+        )
+        return int(end.result[made].result.id[0])
+
+    with Flow("outer") as outer:
+        first = inner(1)
+        second = inner(2, upstream_tasks=[first])
+    state = run(outer)
+    assert (state.result[first].result, state.result[second].result) == (1, 2)
+
+
 def test_recomputes_by_the_environment():
     for _ in range(2):
         computed = in_another_process("run_two_children()", PREFECT__CONTEXT__RECOMPUTE="make")
@@ -4719,6 +4797,918 @@ def test_workers_let_go_of_what_was_purged(distributed):
     assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
 
 
+# Under Prefect Server and Cloud ---------------------------------------------------------------
+
+
+class Backend:
+    """A small Prefect Server: it answers what Prefect's client asks of it, over HTTP."""
+
+    def __init__(self):
+        self.flows, self.flow_runs, self.task_runs = {}, {}, {}
+        #: which releases of Prefect have asked
+        self.clients = set()
+        self._lock = threading.Lock()
+        backend = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_POST(self):
+                backend.clients.add(self.headers["X-PREFECT-CORE-VERSION"])
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                variables = json.loads(body["variables"] or "null") or {}
+                with backend._lock:
+                    answer = backend._answer(body["query"], variables.get("input", {}))
+                content = json.dumps({"data": answer}).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                """Says nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = str(self.server.server_address[1])
+
+    # -- what a user does
+
+    def register(self, flow):
+        """As `flow.register`, but for the project; return the id of the flow."""
+        serialized = flow.serialize(build=True)
+        flow_id = str(uuid.uuid4())
+        tasks = {str(uuid.uuid4()): task["slug"] for task in serialized["tasks"]}
+        self.flows[flow_id] = {
+            **{key: serialized.get(key) for key in ("name", "environment", "run_config")},
+            "storage": serialized["storage"],
+            "version": 1,
+            "id": flow_id,
+            "core_version": prefect.__version__,
+            "settings": {"heartbeat_enabled": False},
+            "project": {"id": "project", "name": "project"},
+            "tasks": tasks,
+        }
+        return flow_id
+
+    def environment(self, **more):
+        """That of an agent; labels and the like do not matter."""
+        return for_processes(
+            **{
+                "PREFECT__BACKEND": "server",
+                "PREFECT__SERVER__HOST": "http://127.0.0.1",
+                "PREFECT__SERVER__PORT": self.port,
+                "PREFECT__HOME_DIR": os.path.abspath("prefect"),
+                "PREFECT__CLOUD__CHECK_CANCELLATION_INTERVAL": "0.2",
+                "PREFECT__CLOUD__SEND_FLOW_RUN_LOGS": "false",
+                "PREFECT__LOGGING__LOG_TO_CLOUD": "false",
+                "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+                **more,
+            }
+        )
+
+    def create(self, flow_id, **context):
+        """As `client.create_flow_run(flow_id=..., context=...)`; return the id of the flow run."""
+        return self.create_flow_run("", {"flow_id": flow_id, "context": context})["id"]
+
+    def state(self, flow_run_id):
+        return state.State.deserialize(self.flow_runs[flow_run_id]["serialized_state"])
+
+    def history(self, flow_run_id, slug):
+        """What was reported of a task, and of its children: lists of types and messages."""
+        runs = [r for r in self.task_runs.values() if r["flow_run_id"] == flow_run_id]
+        runs = [r for r in runs if r["task"]["slug"].rpartition("-")[0] == slug]
+        return {r["map_index"]: r["history"] for r in runs}
+
+    def let_retry_now(self, flow_run_id):
+        """Let what waits for a later time have waited long enough."""
+        earlier = pendulum.now("utc").subtract(seconds=10).isoformat()
+        with self._lock:
+            for run in self.task_runs.values():
+                if run["flow_run_id"] == flow_run_id and run["serialized_state"].get("start_time"):
+                    run["serialized_state"]["start_time"] = earlier
+
+    def cancel(self, flow_run_id):
+        with self._lock:
+            self._set(self.flow_runs[flow_run_id], state.Cancelling("Stop it.").serialize())
+
+    # -- what the client asks: each method is named as the field is
+
+    def _answer(self, query, given):
+        name = re.search(r"{\s*(\w+)", query).group(1)
+        return {name: getattr(self, name)(query, given)}
+
+    def hello(self, query, given):
+        return "hello"
+
+    def tenant(self, query, given):
+        return [{"id": "tenant"}]
+
+    def register_agent(self, query, given):
+        return {"id": "agent"}
+
+    def task_run(self, query, given):
+        return []  # nothing is cached
+
+    def write_run_logs(self, query, given):
+        return {"success": True}
+
+    update_flow_run_heartbeat = update_task_run_heartbeat = write_run_logs
+
+    def create_flow_run(self, query, given):
+        flow_run_id = str(uuid.uuid4())
+        now = pendulum.now("utc")
+        self.flow_runs[flow_run_id] = {
+            "id": flow_run_id,
+            "name": "run",
+            "flow_id": given["flow_id"],
+            "version": 0,
+            "parameters": given.get("parameters", {}),
+            "context": given.get("context", {}),
+            "scheduled_start_time": now.isoformat(),
+            "run_config": None,
+            "history": [],
+            "serialized_state": state.Scheduled(start_time=now).serialize(),
+        }
+        for task_id in self.flows[given["flow_id"]]["tasks"]:
+            self._task_run(flow_run_id, task_id, -1)
+        return {"id": flow_run_id}
+
+    def get_runs_in_queue(self, query, given):
+        ready = [i for i, run in self.flow_runs.items() if self._is_ready(run)]
+        return {"flow_run_ids": ready}
+
+    def flow_run(self, query, given):
+        found = [run for i, run in self.flow_runs.items() if i in query]
+        return [
+            {
+                **run,
+                "state": run["serialized_state"]["type"],
+                "flow": self.flows[run["flow_id"]],
+                "task_runs": self._due(run),
+            }
+            for run in found
+            if "_in" not in query or self._is_ready(run)
+        ]
+
+    def flow_run_by_pk(self, query, given):
+        (run,) = [run for i, run in self.flow_runs.items() if i in query]
+        known = {**run, "flow": self.flows[run["flow_id"]]}
+        known["task_runs"] = [
+            {key: r[key] for key in ("id", "task", "version", "serialized_state")}
+            for r in self.task_runs.values()
+            if r["flow_run_id"] == run["id"] and r["map_index"] == -1
+        ]
+        return {key: value for key, value in known.items() if re.search(rf"\b{key}\b", query)}
+
+    def get_or_create_task_run_info(self, query, given):
+        values = dict(re.findall(r'(\w+): "?([\w-]+)', query))
+        key = values["flow_run_id"], values["task_id"], int(values["map_index"])
+        return self._task_run(*key)
+
+    def get_or_create_task_run(self, query, given):  # below 0.13
+        return self.get_or_create_task_run_info(query, given)
+
+    def task_run_by_pk(self, query, given):  # below 0.13
+        return self.get_task_run_info(query, given)
+
+    def get_task_run_info(self, query, given):
+        (run,) = [run for i, run in self.task_runs.items() if i in query]
+        return run
+
+    def set_flow_run_states(self, query, given):
+        return self._set_all(self.flow_runs, "flow_run_id", given["states"])
+
+    def set_task_run_states(self, query, given):
+        return self._set_all(self.task_runs, "task_run_id", given["states"])
+
+    # -- what it knows
+
+    def _task_run(self, flow_run_id, task_id, map_index):
+        for run in self.task_runs.values():
+            if (run["flow_run_id"], run["task"]["id"], run["map_index"]) == (
+                flow_run_id, task_id, map_index,
+            ):  # fmt: skip
+                return run
+        slug = self.flows[self.flow_runs[flow_run_id]["flow_id"]]["tasks"][task_id]
+        run = {
+            "id": str(uuid.uuid4()),
+            "flow_run_id": flow_run_id,
+            "map_index": map_index,
+            "task": {"id": task_id, "slug": slug},
+            "task_id": task_id,
+            "version": 0,
+            "serialized_state": state.Pending().serialize(),
+            "history": [],
+        }
+        self.task_runs[run["id"]] = run
+        return run
+
+    def _set_all(self, runs, key, states):
+        for new in states:
+            self._set(runs[new[key]], new["state"])
+        return {"states": [{"id": s[key], "status": "SUCCESS", "message": None} for s in states]}
+
+    def _set(self, run, serialized_state):
+        run["serialized_state"] = serialized_state
+        run["version"] += 1
+        run["history"].append((serialized_state["type"], serialized_state["message"]))
+
+    def _due(self, flow_run):
+        now = pendulum.now("utc").subtract(seconds=3)
+        runs = [r for r in self.task_runs.values() if r["flow_run_id"] == flow_run["id"]]
+        starts = [(r, r["serialized_state"].get("start_time")) for r in runs]
+        return [run for run, start in starts if start and pendulum.parse(start) <= now]
+
+    def _is_ready(self, flow_run):
+        kind = flow_run["serialized_state"]["type"]
+        return kind == "Scheduled" or (kind == "Running" and bool(self._due(flow_run)))
+
+
+def prefect_cli(*arguments):
+    return [sys.executable, "-c", "from prefect.cli import cli; cli()", *arguments]
+
+
+@pytest.fixture
+def backend(empty_folder):
+    """A backend; whatever asks it has to be gone in the end."""
+    found = Backend()
+    thread = threading.Thread(target=found.server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield found
+    left = [process for process in psutil.process_iter() if is_set_up_for(found, process)]
+    for process in left:
+        process.kill()
+    found.server.shutdown()
+    found.server.server_close()
+    assert not left
+    assert found.clients <= {prefect.__version__}
+
+
+def is_set_up_for(backend, process):
+    with suppress(psutil.Error):
+        is_other = process.pid != os.getpid()
+        return is_other and process.environ().get("PREFECT__SERVER__PORT") == backend.port
+
+
+def execute(backend, flow_run_id, timeout=60):
+    """Execute a flow run in a process of its own, as agents do; return the state it has then."""
+    environment = backend.environment(
+        PREFECT__CONTEXT__FLOW_RUN_ID=flow_run_id,
+        PREFECT__CLOUD__USE_LOCAL_SECRETS="false",
+        PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS="prefect.engine.cloud.CloudFlowRunner",
+        PREFECT__ENGINE__TASK_RUNNER__DEFAULT_CLASS="prefect.engine.cloud.CloudTaskRunner",
+    )
+    done = subprocess.run(
+        prefect_cli("execute", "flow-run" if HAS_EXECUTORS else "cloud-flow"),
+        env=environment, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout.decode())
+    return backend.state(flow_run_id)
+
+
+@contextmanager
+def agent(backend):
+    """Something that has a flow run executed by a real agent; it returns the final state."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with open("agent.log", "wb") as output:
+        process = subprocess.Popen(
+            prefect_cli(
+                "agent", "local", "start", "--show-flow-logs", "--agent-address", address
+            ),
+            env=backend.environment(), stdout=output, stderr=output,
+        )  # fmt: skip
+
+        def execute(backend, flow_run_id, timeout=60):
+            history = backend.flow_runs[flow_run_id]["history"]
+            before = len(history)
+
+            def has_begun():
+                with suppress(OSError):  # The agent itself looks every few seconds.
+                    urlopen(address + "/api/poke").close()
+                return {kind for kind, _ in history[before:]} - {"Scheduled", "Submitted"}
+
+            wait_until(has_begun, timeout)
+            children = psutil.Process(process.pid).children
+            wait_until(lambda: all(c.status() == "zombie" for c in children()), timeout)
+            return backend.state(flow_run_id)
+
+        try:
+            yield execute
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
+                process.wait()
+                print(Path("agent.log").read_text())
+
+
+def wait_until(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+def for_an_agent(flow, executor):
+    """Let a flow have what it needs to be registered, and this executor."""
+    if HAS_EXECUTORS:
+        flow.executor = executor
+        flow.run_config = LocalRun()  # On 0.13 only a flow with this uses its executor.
+    else:
+        flow.environment = LocalEnvironment(executor=executor)
+    flow.storage = Local(directory=os.path.abspath("flows"))
+    flow.result = flow.storage.result
+    return flow
+
+
+def flow_of(code):
+    """The flow that this code makes; it is pickled whole, as if it were a script's."""
+    names = {"__name__": "__main__", "STORAGE": STORAGE}
+    exec(textwrap.dedent(IN_EACH_FLOW) + textwrap.dedent(code), names)
+    flow = names["flow"]
+    return for_an_agent(flow, names["executor"])
+
+
+IN_EACH_FLOW = """
+    import datetime, os, time, weakref
+    import pandas, prefect, prefect_ds
+    from prefect import Flow, task
+    from prefect_ds import *
+
+    def keep_count(thing):
+        # Of what a script has itself, a copy travels with its flow.
+        alive = vars(weakref).setdefault("counted", weakref.WeakValueDictionary())
+        alive[id(thing)] = thing
+        return len(alive)
+
+    def note(*words):
+        with open("noted", "a") as file:
+            print(*words, file=file)
+
+    def stored(path, **kwargs):
+        return task(**{STORAGE: PandasResultHandler(path), **kwargs})
+
+    minutes = lambda number: datetime.timedelta(minutes=number)
+"""
+
+#: What is computed depends on a file, and so does whether it fails.
+STAGES = """
+    @stored("load_{i}.csv")
+    def load(i):
+        note("load", i)
+        return pandas.DataFrame({"x": [int(open("x").read()) + i]})
+
+    @stored("clean_{i}.csv", max_retries=2, retry_delay=minutes(20))
+    def clean(frame, i):
+        note("clean", i, keep_count(frame))
+        if os.path.exists("fails") and i in map(int, open("fails").read().split()):
+            raise ValueError("Not yet.")
+        return frame * 2
+
+    @task
+    def total(frames):
+        note("total", sum(int(frame["x"].sum()) for frame in frames))
+
+    with Flow("stages") as flow:
+        ids = [0, 1, 2, 3]
+        total(clean.map(load.map(ids), ids))
+    executor = DSExecutor(flow)
+"""
+
+
+def write_text(name, text):
+    Path(name).write_text(text)
+
+
+def noted_since(before=0):
+    """What the tasks have noted: the names of those that ran, sorted, and the total."""
+    lines = [line.split() for line in noted()[before:]]
+    totals = [int(line[1]) for line in lines if line[0] == "total"]
+    return sorted(line[0] + line[1] for line in lines if line[0] != "total"), totals
+
+
+def each(name, *ids):
+    return [f"{name}{i}" for i in ids or range(4)]
+
+
+@contextmanager
+def by_hand(backend):
+    yield execute
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "executing", [by_hand, pytest.param(agent, marks=has_executors)], ids=["by_hand", "agent"]
+)
+def test_runs_loads_recomputes_and_retries_under_a_backend(executing, backend):
+    write_text("x", "1")
+    flow_id = backend.register(flow_of(STAGES))
+    with executing(backend) as execute:
+        first = backend.create(flow_id)
+        assert execute(backend, first).is_successful()
+        assert noted_since() == (each("clean") + each("load"), [20])
+        for name in ("load", "clean"):
+            history = backend.history(first, name)
+            assert [kind for kind, _ in history.pop(-1)] == ["Mapped"]
+            assert set(map(str, history.values())) == {str(history[0])} and len(history) == 4
+            assert [kind for kind, _ in history[0]] == ["Running", "Success"]
+
+        seen = len(noted())
+        second = backend.create(flow_id)
+        assert execute(backend, second).is_successful()
+        assert noted_since(seen) == ([], [20])
+        for i in range(4):
+            assert backend.history(second, "clean")[i] == [
+                ("Success", FOUND.format(f"clean_{i}.csv"))
+            ]
+
+        write_text("x", "2")
+        write_text("fails", "1 3")
+        seen = len(noted())
+        third = backend.create(flow_id, recompute="load+")
+        assert execute(backend, third).is_running()
+        assert noted_since(seen) == (each("clean") + each("load"), [])
+        assert backend.history(third, "clean")[1][-1][0] == "Retrying"
+
+        os.remove("fails")
+        seen = len(noted())
+        backend.let_retry_now(third)
+        assert execute(backend, third).is_successful()
+        assert noted_since(seen) == (each("clean", 1, 3), [28])
+    assert prefect.__version__ in backend.clients
+
+
+def run_here(backend, flow, **context):
+    """Run a flow by Prefect's `CloudFlowRunner` in this process; return the id of the run."""
+    flow_run_id = backend.create(backend.register(flow), **context)
+    resume_here(backend, flow, flow_run_id)
+    return flow_run_id
+
+
+def resume_here(backend, flow, flow_run_id):
+    api = f"http://127.0.0.1:{backend.port}"
+    with set_temporary_config(
+        {
+            "backend": "server",
+            "cloud.api": api,
+            "cloud.graphql": api,
+            "cloud.send_flow_run_logs": False,
+            "logging.log_to_cloud": False,
+        }
+    ), prefect.context(flow_run_id=flow_run_id):
+        executor = None if HAS_EXECUTORS else flow.environment.executor
+        CloudFlowRunner(flow=flow).run(executor=executor)
+
+
+def on_disk(flow):
+    return for_an_agent(flow, DSExecutor(flow))
+
+
+@from_0_12
+@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
+def test_frames_alive_under_a_backend(build, backend, counted):
+    flow_run_id = run_here(backend, on_disk(build()))
+    assert backend.state(flow_run_id).is_successful()
+    assert peak == [2] and not alive
+
+
+_frames_read = weakref.WeakValueDictionary()
+
+
+def read_at_second_try(frame):
+    _frames_read[id(frame)] = frame
+    note(f"{prefect.context['task_run_count']} {len(_frames_read)}")
+    if prefect.context["task_run_count"] == 1:
+        raise ValueError("Not yet.")
+
+
+@from_0_12
+def test_inputs_that_are_read_for_a_retry_are_dropped(backend, counted):
+    make = Calls().make(**stored("{id}.csv"))
+    read = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
+    with Flow("resumed") as flow:
+        for i in range(4):
+            read(make(i))
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_running() and not _frames_read
+    backend.let_retry_now(flow_run_id)
+    resume_here(backend, flow, flow_run_id)
+    assert backend.state(flow_run_id).is_successful()
+    assert noted() == ["1 1"] * 4 + ["2 1"] * 4
+
+
+@has_executors  # Below, Prefect refuses to register such a flow.
+def test_inputs_of_a_retry_in_another_process_are_kept_if_they_have_no_file(backend, counted):
+    fail_once = task(read_at_second_try, max_retries=1, retry_delay=timedelta(minutes=20))
+    with Flow("kept") as flow:
+        fail_once.map(load.map([1, 2, 3]))
+    on_disk(flow).result = None
+    flow_run_id = run_here(backend, flow)
+    assert backend.state(flow_run_id).is_running()
+    assert noted() == ["1 1", "1 2", "1 3"]
+
+
+@from_0_12
+def test_what_is_not_read_is_not_loaded_for_a_retry(backend, log):
+    calls = Calls()
+    make = calls.make(**stored("{id}.csv"))
+
+    @task(max_retries=1, retry_delay=timedelta(minutes=20))
+    def after():
+        if prefect.context["task_run_count"] == 1:
+            raise ValueError("Not yet.")
+
+    with Flow("after") as flow:
+        after(upstream_tasks=[make(1)])
+    flow_run_id = run_here(backend, on_disk(flow))
+    backend.let_retry_now(flow_run_id)
+    resume_here(backend, flow, flow_run_id)
+    assert backend.state(flow_run_id).is_successful() and calls == [1]
+    assert "Wrote 1.csv" in log(logging.INFO) and "Loaded 1.csv" not in log(logging.INFO)
+
+
+@from_0_12
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_a_write_that_fails_is_reported_once(max_retries, backend):
+    heard = []
+
+    @task(
+        max_retries=max_retries,
+        retry_delay=timedelta(0) if max_retries else None,
+        state_handlers=[lambda task, old, new: heard.append(type(new).__name__)],
+        **stored("{i}.csv"),
+    )
+    def make(i):
+        return 3
+
+    with Flow("fails") as flow:
+        make(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_failed()
+    (history,) = backend.history(flow_run_id, "make").values()
+    reported = [kind for kind, _ in history]
+    again = ["Retrying", "Running", "Failed"] if max_retries else []
+    assert reported == ["Running", "Failed", *again]
+    assert heard == reported
+    assert "path {i}.csv: TypeError: PandasResult stores a pandas DataFrame" in history[1][1]
+
+
+@from_0_12
+def test_a_path_that_cannot_be_filled_is_reported_once(backend):
+    heard = []
+
+    @task(
+        state_handlers=[lambda task, old, new: heard.append(type(new).__name__)],
+        **stored("{missing}.csv"),
+    )
+    def make(i):
+        return FRAME
+
+    with Flow("fails") as flow:
+        make(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    ((reported,),) = backend.history(flow_run_id, "make").values()
+    assert reported[0] == "Failed" and "the field 'missing' is missing" in reported[1]
+    assert heard == ["Running", "Failed"]
+
+
+@from_0_12
+def test_a_loop_is_written_once_under_a_backend(backend, log):
+    @task(**stored("{start}.csv"))
+    def count(start):
+        so_far = prefect.context.get("task_loop_result", start)
+        if so_far < 3:
+            raise signals.LOOP(result=so_far + 1)
+        return FRAME
+
+    with Flow("loop") as flow:
+        count(0)
+    on_disk(flow)
+    for _ in range(2):
+        flow_run_id = run_here(backend, flow)
+        assert backend.state(flow_run_id).is_successful()
+    (history,) = backend.history(flow_run_id, "count").values()
+    assert history == [("Success", FOUND.format("0.csv"))]
+    assert log(logging.INFO).count("Wrote 0.csv") == 1
+
+
+@from_0_12
+def test_a_target_is_reported_as_loaded(backend, log):
+    @task(target="{i}.csv", result=PandasResult())
+    def make(i):
+        return FRAME
+
+    with Flow("target") as flow:
+        make(1)
+    on_disk(flow)
+    for last in ("Success", "Cached"):
+        flow_run_id = run_here(backend, flow)
+        (history,) = backend.history(flow_run_id, "make").values()
+        assert history[-1][0] == last
+    assert history == [("Cached", FOUND.format("1.csv"))]
+    assert log(logging.INFO).count("Wrote 1.csv") == 1
+
+
+@from_0_12
+def test_a_damaged_file_is_kept_beside_the_new_one_under_a_backend(backend):
+    Path("1.parquet").write_text("damaged")
+    calls = Calls()
+    with Flow("damaged") as flow:
+        calls.make(**stored("{id}.parquet"))(1)
+    flow_run_id = run_here(backend, on_disk(flow))
+    assert backend.state(flow_run_id).is_successful() and calls == [1]
+    (aside,) = [name for name in files() if ".unreadable-" in name]
+    assert Path(aside).read_text() == "damaged"
+    assert_frame_equal(pandas.read_parquet("1.parquet"), FRAME.assign(id=1))
+
+
+@from_0_12
+def test_recomputing_a_task_that_is_not_there_is_refused_under_a_backend(backend):
+    calls = Calls()
+    with Flow("refused") as flow:
+        calls.make()(1)
+    flow_run_id = run_here(backend, on_disk(flow), recompute="mkae")
+    final = backend.state(flow_run_id)
+    assert final.is_failed() and calls == []
+    assert "recompute='mkae' matches no task" in final.message
+
+
+SLEEP = """
+    @task
+    def sleep(i):
+        note("sleep", i)
+        for _ in range(600):
+            time.sleep(0.1)
+
+    with Flow("sleep") as flow:
+        sleep.map([0, 1])
+    executor = DSExecutor(flow, %s)
+"""
+
+
+@has_executors
+@pytest.mark.parametrize(
+    "executing, executor",
+    [
+        (by_hand, "None"),
+        (agent, "None"),
+        (by_hand, "prefect_ds.LocalDaskExecutor(num_workers=2)"),
+    ],
+    ids=["by_hand", "agent", "threads"],
+)
+def test_cancelling_ends_what_runs(executing, executor, backend):
+    threads = LocalDaskExecutor()
+    with threads.start():
+        if executor != "None" and not isinstance(threads._pool, concurrent.futures.Executor):
+            pytest.skip("Below Prefect 1.0 the flow run ends when its threads do.")
+    flow_run_id = backend.create(backend.register(flow_of(SLEEP % executor)))
+
+    def cancel():
+        wait_until(noted)
+        backend.cancel(flow_run_id)
+
+    with executing(backend) as execute, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        cancelled = pool.submit(cancel)
+        final = execute(backend, flow_run_id, timeout=50)
+        cancelled.result()
+    assert type(final) is state.Cancelled
+
+
+# The executor, without a backend --------------------------------------------------------------
+
+
+@task(**stored("{i}.csv"))
+def write_and_note(i):
+    note(i)
+    return FRAME
+
+
+@task
+def how_many(frames):
+    return len(frames)
+
+
+def run_on(executor, flow, **kwargs):
+    return flow.run(executor=DSExecutor(flow, executor), **kwargs)
+
+
+@from_0_12
+@on_each_executor
+def test_an_executor_is_enough(executor, log):
+    with Flow("enough") as flow:
+        frames = write_and_note.map([1, 2])
+        result = how_many(frames)
+    for _ in range(2):
+        final = run_on(executor(), flow)
+        assert final.result[result].result == 2
+        assert sorted(noted()) == ["1", "2"]
+    assert all(prefect_ds._is_unread(s._result) for s in final.result[frames].map_states)
+    assert not log(logging.WARNING)
+
+
+@has_executors
+def test_a_flow_that_has_the_executor_takes_no_other_argument():
+    calls = Calls()
+    with Flow("has_it") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+    flow.executor = DSExecutor(flow)
+    for _ in range(2):
+        assert flow.run().is_successful() and calls == [1]
+    assert flow.run(context={"recompute": "make"}).is_successful() and calls == [1, 1]
+    refused = flow.run(context={"recompute": "mkae"})
+    assert refused.is_failed() and "'mkae' matches no task" in refused.message
+
+
+@from_0_12
+@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
+@pytest.mark.parametrize("executor", ["local", "synchronous", "threads", "dask"])
+def test_frames_alive_on_the_executor(build, executor, counted):
+    assert run_on(EXECUTORS[executor](), build()).is_successful()
+    assert peak[0] <= (2 if executor in ("local", "synchronous") else 2 * 2 + 2)
+
+
+@task
+def wait_for_other(id, folder):
+    note(id, folder / "noted")
+    wait_until(lambda: len(noted(folder / "noted")) >= 2, 20)
+    return FRAME
+
+
+@from_0_12
+def test_the_executor_around_processes(processes, empty_folder):
+    with Flow("processes") as flow:
+        make = wait_for_other.copy(**stored(str(empty_folder / "{id}.csv")))
+        make.map([0, 1], unmapped(empty_folder))
+    for _ in range(2):
+        assert run_on(InOnePool(processes), flow).is_successful()
+    assert files() == ["0.csv", "1.csv", "noted"] and sorted(noted()) == ["0", "1"]
+
+
+@from_0_12
+def test_the_executor_notices_a_file_of_two_task_runs_in_processes(processes, empty_folder):
+    with Flow("clash") as flow:
+        for name in ("a", "b"):
+            make = wait_for_other.copy(name=name, **stored(str(empty_folder / "out.csv")))
+            make(name, empty_folder)
+    final = run_on(InOnePool(processes), flow)
+    assert final.is_failed() and "out.csv belongs to the task run" in final.message
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "executor", [LocalExecutor, EXECUTORS["threads"]], ids=["local", "threads"]
+)
+def test_the_executor_is_pickled_with_its_flow_and_without_a_run(executor, counted):
+    pickles = []
+
+    @task
+    def dump(part):
+        pickles.append(cloudpickle.dumps(executor))
+
+    with Flow("pickled") as flow:
+        dump(step(load(0)))
+    executor = DSExecutor(flow, executor())
+    assert flow.run(executor=executor).is_successful()
+    copied = cloudpickle.loads(pickles[0])
+    assert copied.flow.name == "pickled" and not copied._under_way and not alive
+    assert copied.flow.run(executor=copied).is_successful()
+
+
+@from_0_12
+def test_the_executor_knows_what_was_added_to_the_flow(counted):
+    flow = Flow("grows")
+    executor = DSExecutor(flow)
+    for _ in range(2):
+        with flow:
+            count(step(load(0)))
+        assert flow.run(executor=executor).is_successful()
+        assert peak == [2] and not alive
+
+
+def with_another_task(flow):
+    flow.add_task(task(lambda: 1, name="another"))
+
+
+def with_another_edge(flow):
+    flow.add_edge(*(flow.get_tasks(name)[0] for name in ("load", "count")))
+
+
+def with_another_constant(flow):
+    flow.constants[flow.get_tasks("load")[0]]["i"] = 7
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_another_task, "has another task 'another'"),
+        (with_another_edge, "has other edges to the task 'count'"),
+        (with_another_constant, None),
+    ],
+)
+@pytest.mark.parametrize("changes", ["copy", "original"])
+def test_the_executor_says_that_it_does_not_know_a_copy(change, message, changes):
+    flow = chain(2)
+    executor = DSExecutor(flow)
+    copied = flow.copy()
+    assert copied.run(executor=executor).is_successful()
+    change(copied if changes == "copy" else flow)
+    final = copied.run(executor=executor)
+    assert final.is_successful() is (message is None)
+    if changes == "original" and change is with_another_task:
+        message = "does not end with another"
+    if message:
+        assert message in final.message and "flow.executor = DSExecutor(flow)" in final.message
+    assert copied.run(executor=DSExecutor(copied)).is_successful()
+
+
+class OwnTaskRunner(TaskRunner):
+    """Not ours."""
+
+
+class OwnDSTaskRunner(DSTaskRunner):
+    """Ours."""
+
+
+@from_0_12
+def test_a_task_runner_of_ones_own_is_left_as_it_is(log):
+    used = []
+    make = task(lambda i: used.append(prefect.context["logger"]) or FRAME, **stored("{i}.csv"))
+    with Flow("own") as flow:
+        make.map([1, 2])
+    final = FlowRunner(flow, task_runner_cls=OwnTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == []
+    assert log(logging.WARNING).count("leaves the task runner class OwnTaskRunner as it is") == 1
+    assert "inherit from prefect_ds.DSTaskRunner" in log(logging.WARNING)
+    final = FlowRunner(flow, task_runner_cls=OwnDSTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == ["1.csv", "2.csv"]
+    assert "OwnDSTaskRunner" not in log(logging.WARNING)
+
+
+@from_0_12
+@pytest.mark.parametrize("handlers", [None, [checkpoint_handler]], ids=["none", "ours"])
+def test_the_flow_runner_and_the_executor_go_together(handlers, counted):
+    calls = Calls()
+    with Flow("both") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+        count(step(step(load(0))))
+    for _ in range(2):
+        final = run(flow, executor=DSExecutor(flow), task_runner_state_handlers=handlers)
+        assert final.is_successful()
+    assert calls == [1] and peak == [2]
+
+
+@from_0_12
+def test_a_task_that_runs_its_own_flow_on_the_executor():
+    depths = []
+
+    @task
+    def recurse(depth):
+        depths.append(depth)
+        return [not depth or flow.run(depth=depth - 1, executor=executor).is_successful()]
+
+    @task
+    def check(is_fine):
+        assert is_fine
+
+    with Flow("recursive") as flow:
+        check.map(recurse(Parameter("depth")))
+    executor = DSExecutor(flow)
+    assert flow.run(depth=2, executor=executor).is_successful()
+    assert depths == [2, 1, 0]
+
+
+@from_0_12
+def test_runs_at_once_share_the_executor():
+    with Flow("at_once") as flow:
+        total([pass_on(pass_on(i)) for i in range(5)])
+    executor = DSExecutor(flow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        finals = pool.map(lambda _: flow.run(executor=executor), range(12))
+        assert all(final.is_successful() for final in finals)
+
+
+@from_0_12
+def test_what_the_executor_does_not_take():
+    flow = chain(1)
+    for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
+        with pytest.raises(TypeError):
+            DSExecutor(*arguments)
+    with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow"):
+        DSExecutor(LocalExecutor())
+
+
+@pytest.mark.skipif(prefect_ds._FLOW_RUNNER_MAPS, reason="This Prefect has what it needs.")
+def test_the_executor_says_which_prefect_it_needs():
+    with pytest.raises(NotImplementedError, match=r"runner_cls=DSFlowRunner"):
+        DSExecutor(chain(1))
+
+
 # The marker ---------------------------------------------------------------------------------
 
 
@@ -4750,6 +5740,8 @@ def test_snippets_of_the_readme_print_what_it_says(capsys):
     names = {"__name__": "readme"}
     try:
         for code, printed in snippets:
+            if "DSExecutor" in code and not prefect_ds._FLOW_RUNNER_MAPS:
+                continue  # It needs Prefect 0.12.
             exec(
                 code.replace("result=PandasResultHandler", STORAGE + "=PandasResultHandler"), names
             )
@@ -5276,5 +6268,31 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         theirs = _outcomes(plan, FlowRunner, prefects)
         ours = _outcomes(plan, DSFlowRunner, executor)
         assert ours == theirs
+
+    compare()
+
+
+class OnDSExecutor(FlowRunner):
+    """Prefect's, on a `DSExecutor`."""
+
+    def get_flow_run_state(self, state, executor, **kwargs):
+        executor = DSExecutor(self.flow, executor)
+        return super().get_flow_run_state(state, executor=executor, **kwargs)
+
+
+@from_0_12
+@pytest.mark.parametrize("pausing", [False, True])
+def test_the_executor_runs_any_flow_as_prefect_does(pausing):
+    @settings(
+        max_examples=max(1, _EXAMPLES // 4),
+        deadline=None,
+        print_blob=True,
+        derandomize="PREFECT_DS_EXAMPLES" not in os.environ,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(plan=_plans(pausing, caching=True))
+    def compare(plan):
+        theirs = _outcomes(plan, FlowRunner, LocalExecutor)
+        assert _outcomes(plan, OnDSExecutor, LocalExecutor) == theirs
 
     compare()
