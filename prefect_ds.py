@@ -16,7 +16,11 @@ The entry points, in the order in which data goes through them:
     What a dropped result is replaced with.
 
 What differs between Prefect's releases is settled in the first section. Below it, nothing asks
-for a version. The internals of Prefect that this file relies on are listed, and held, by
+for a version. Then comes what happens to a frame: how its path is filled, how pandas writes it,
+how its file appears, when it is read, and what decides whether a task runs. Then comes a flow run:
+the runner or executor that a user names, when a result may go, what runs next, and where.
+
+The internals of Prefect that this file relies on are listed, and held, by
 `test_touches_only_these_internals` in `test_prefect_ds.py`.
 """
 
@@ -55,7 +59,18 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from enum import Enum
 from heapq import heappop, heappush
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import cloudpickle
 import numpy
@@ -80,7 +95,7 @@ try:
 except ImportError:  # There is no progress bar then.
     tqdm = None
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "PandasResultHandler",
@@ -250,32 +265,7 @@ else:
         """It is one."""
 
 
-# Marks on states ----------------------------------------------------------------------------
-
-#: Which task run it is the state of: the same string in every process.
-_ORIGIN = "_prefect_ds_origin"
-
-#: Which file belongs to the task run, as `_check_claims` compares it.
-_CLAIM = "_prefect_ds_claim"
-
-#: The task was computed again, in the flow run that started at this time.
-_RECOMPUTED = "_prefect_ds_recomputed"
-
-#: All tasks downstream are to be computed again, too, in the flow run that started at this time.
-#: `DSExecutor` has it in the context as well.
-_SPREADS = "_prefect_ds_recompute_spreads"
-
-#: The task's file was found, so that it did not run.
-_FOUND = "_prefect_ds_found"
-
-#: The newest file that the result was made from: when it was written, and where it is.
-_NEWEST = "_prefect_ds_newest"
-
-#: The result was kept for a reader that has not finished, for the next round.
-_HELD = "_prefect_ds_held"
-
-
-# Where a frame is stored: the template in the path ------------------------------------------
+# Where a frame is stored: the template in the path -------------------------------------------
 
 
 class _Template(string.Formatter):
@@ -348,332 +338,31 @@ def _real_path(path):
     return os.path.normcase(os.path.realpath(_local(path)))
 
 
-# What is known of the task run that is under way --------------------------------------------
+def _local(path):
+    return os.path.expanduser(re.sub("^(file|local)://", "", path))
 
 
-class _TaskRun:
-    """What the functions of this file need to know of the task run that they are called in.
-
-    It is kept in the thread and not in `prefect.context`, which Prefect pickles for tasks with a
-    `timeout`: the process that runs them would have to import this file, and pandas, within
-    their time.
-    """
-
-    #: `run`: the task run of a `DSTaskRunner`. `plain`: that of another class, which tells
-    #: `checkpoint_handler` less.
-    _in_thread = threading.local()
-
-    def __init__(self, task_runner):
-        self.task_runner: TaskRunner = task_runner
-        #: which task run it is; see `_place`
-        self.place: tuple = _place()
-        #: what the task gets, by argument; None as long as that is not known
-        self.inputs: Optional[Dict[str, Result]] = None
-        #: where `inputs` come from
-        self.upstream_states: Dict[Edge, State] = {}
-        #: where its result is, or will be, stored: filled once, as a task may change its arguments
-        self.location: Optional[str] = None
-        #: that the file at `location` belongs to it
-        self.claim: Optional[_Claim] = None
-        #: the file at `location` that is there but could not be read, as `_identity` tells it
-        self.unreadable: Any = None
-        #: what it has read, held until it ends: Prefect asks for it more than once
-        self.read: list = []
-        #: the newest file that its inputs were made from: when it was written, and where it is
-        self.newest_input: Optional[Tuple[float, str]] = None
-        #: the same of its own file
-        self.own_file: Optional[Tuple[float, str]] = None
-        #: whether Prefect has asked for its result to be written, which is put off until it ends
-        self.is_to_be_written: bool = False
-        #: whether the task runs though its file is there
-        self.recomputes: bool = False
-        #: whether all tasks downstream do so, too
-        self.spreads: bool = False
-        #: names of the upstream tasks whose results it would read, but which were purged
-        self.purged_inputs: List[str] = []
-        #: where relative paths begin: the task itself may change that
-        self.folder: str = ""
-        with suppress(FileNotFoundError):  # A folder that is gone matters to relative paths only.
-            self.folder = os.getcwd()
-
-    @classmethod
-    @contextmanager
-    def started_by(cls, task_runner):
-        outer = getattr(cls._in_thread, "run", None)
-        cls._in_thread.run = cls(task_runner)
-        try:
-            yield cls._in_thread.run
-        finally:
-            cls._in_thread.run = outer
-
-    @classmethod
-    def of(cls, task_runner):
-        """The task run that this task runner has under way in this thread."""
-        run = getattr(cls._in_thread, "run", None)
-        if run is None or run.task_runner is not task_runner:
-            run = getattr(cls._in_thread, "plain", None)
-            if run is None or run.task_runner is not task_runner or run.place != _place():
-                run = cls._in_thread.plain = cls(task_runner)
-        return run
-
-    @classmethod
-    def current(cls):
-        """The task run that is under way in this thread, if anything is known of it, or None."""
-        for run in (getattr(cls._in_thread, name, None) for name in ("run", "plain")):
-            # A flow that a task runs is not that task run.
-            if run is not None and run.place == _place():
-                return run
-        return None
-
-    @classmethod
-    def is_any_under_way(cls):
-        """Whether this is called in a task, be it of another flow."""
-        return getattr(cls._in_thread, "run", None) is not None
-
-    def puts_off(self, storage):
-        """Whether Prefect's wish to write is put off: what a loop has in between is not stored."""
-        if storage is not self.storage or not isinstance(self.task_runner, DSTaskRunner):
-            return False
-        self.is_to_be_written = True
-        return True
-
-    @property
-    def storage(self):
-        return _storage_of(self.task_runner)
-
-    @property
-    def origin(self):
-        """Which task run of the flow this is, in words."""
-        *_, slug, full_name = self.place
-        return f"{slug} {full_name}"
-
-    @property
-    def started(self):
-        """When the flow run has started, in words."""
-        return str(self.place[1])
-
-    def arguments(self, names):
-        """All arguments by name, defaults included; None for those stored that are not in `names`.
-
-        These are not read: what names a file is hardly ever a frame.
-        """
-        if self.inputs is None:
-            return {}
-        arguments = self._defaults()
-        for name, result in self.inputs.items():
-            is_stored = _location_of(result) or _is_unread(result)
-            arguments[name] = result.value if name in names or not is_stored else None
-        return arguments
-
-    def _defaults(self):
-        parameters = inspect.signature(self.task_runner.task.run).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
-
-    def take(self, location):
-        """Take the file for this task run; raise if it belongs to another one."""
-        *_, slug, full_name = self.place
-        task = _describe_task(self.task_runner.task, slug, self.storage)
-        arguments = self._describe_arguments()
-        claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
-        with _claims_lock:
-            claims = _known_of_flow_run("claims")
-            origin, earlier = claims.setdefault(claim.file, (self.origin, claim))
-        message = origin != self.origin and _conflict(earlier, claim)
-        if message:
-            raise ValueError(message + " Nothing was read or written.")
-        self.claim = claim
-
-    def _describe_arguments(self):
-        if self.inputs is None:
-            return f"those of {self.origin}"
-        slug = self.place[-2]
-        arguments = {k: _describe(v, f"{k} of {slug}") for k, v in self._defaults().items()}
-        for edge, state in self.upstream_states.items():
-            if edge.key in self.inputs:
-                arguments[edge.key] = self._describe_input(edge, state)
-        return _digest(arguments)
-
-    def _describe_input(self, edge, upstream_state):
-        result = (self.inputs or {})[edge.key]
-        location = _location_of(result)
-        if location is not None:
-            return f"stored {location}"
-        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.place[-2]}")
-        if upstream_state.is_mapped() or _is_unread(result):
-            return origin
-        index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
-        return _describe(result.value, origin + index)
-
-    def mark(self, state):
-        """Put on its final state what others have to know."""
-        marks = {
-            _ORIGIN: self.origin,
-            _CLAIM: self.claim and tuple(self.claim),
-            _SPREADS: self.spreads and self.started,
-            _RECOMPUTED: self.recomputes and self.started,
-            _NEWEST: self.own_file or self.newest_input,
-        }
-        for name, value in marks.items():
-            if value:
-                setattr(state, name, value)
+def _check_path(path):
+    path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
+        raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
+    bucket = path.partition("://")[2].partition("/")[0] if _is_url(path) else ""
+    if "{" in bucket.replace("{{", ""):
+        raise ValueError(
+            f"The bucket or host of {path!r} has a field: write it out, so that no value of an "
+            "argument leads to another one."
+        )
+    if any(
+        name is not None and not name[:1].isidentifier()
+        for _, name, _, _ in string.Formatter().parse(path)
+    ):
+        raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
+    return path
 
 
-def _place():
-    """Which task run of which flow run the context of this thread is that of."""
-    names = ("flow_name", "scheduled_start_time", "task_slug", "task_full_name")
-    return tuple(map(prefect.context.get, names))
-
-
-# Which file belongs to which task run -------------------------------------------------------
-
-#: What Prefect itself keeps of a task; other attributes are part of what it computes.
-_TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
-
-#: Types whose `repr` tells their value.
-_PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
-_PLAIN += (datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo)
-_PLAIN += (pathlib.PurePath, pandas.Period, numpy.generic)
-
-#: Of a larger collection it counts where it comes from.
-_MAX_ITEMS = 1000
-
-#: What has been said of tasks, as they may change their attributes when they run.
-_descriptions: "weakref.WeakKeyDictionary[Task, str]" = weakref.WeakKeyDictionary()
-
-
-#: Functions have no other name that holds for all that refer to one and for no other.
-_tokens: "weakref.WeakKeyDictionary[types.FunctionType, str]" = weakref.WeakKeyDictionary()
-
-
-def _describe_task(task, slug, storage):
-    """The same string for tasks that do the same."""
-    if task not in _descriptions:
-        parts = {"": f"{task.name} {type(task).__module__}.{type(task).__qualname__}"}
-        if isinstance(storage, PandasResult):
-            parts["storage"] = repr((storage._file_type, storage.read_kwargs, storage.write_kwargs))
-        for name, value in vars(task).items():
-            if name not in _TASK_ATTRIBUTES:
-                is_function = isinstance(value, types.FunctionType)
-                token = is_function and _tokens.setdefault(value, uuid.uuid4().hex)
-                parts[name] = _describe(value, token or f"{name} of {slug}")
-        _descriptions[task] = _digest(parts)
-    return _descriptions[task]
-
-
-def _digest(descriptions):
-    content = repr(sorted(descriptions.items())).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _describe(value, origin):
-    """The same string for equal values of one type, in any process; or else their origin."""
-    items = 0
-
-    def describe(value):
-        nonlocal items
-        items += 1
-        kind = type(value)
-        if isinstance(value, _PLAIN):
-            return f"{kind.__qualname__} {value!r}"
-        if isinstance(value, types.FunctionType):
-            code = value.__code__
-            closure = [cell.cell_contents for cell in value.__closure__ or ()]
-            value = [code.co_filename, code.co_firstlineno, value.__qualname__, closure]
-        elif isinstance(value, type) or inspect.ismodule(getattr(value, "__self__", None)):
-            value = [value.__module__, value.__qualname__]
-        elif kind is functools.partial:
-            value = [value.func, value.args, value.keywords]
-        elif kind in (set, frozenset):
-            value = sorted(map(describe, value))
-        elif kind is dict:
-            value = sorted((describe(key), describe(item)) for key, item in value.items())
-        elif kind not in (list, tuple):
-            raise TypeError
-        if items + len(value) > _MAX_ITEMS:
-            raise OverflowError
-        return f"{kind.__qualname__} [{', '.join(map(describe, value))}]"
-
-    try:
-        return describe(value)
-    except Exception:
-        return f"that of {origin}"
-
-
-class _Claim(NamedTuple):
-    """That a file belongs to a task run. On states it is a plain tuple, also in a pickle."""
-
-    file: str  # its `_real_path`
-    name: str  # of the task run
-    slug: str  # of the task in its flow
-    task: str  # the same for tasks that do the same
-    arguments: str  # the same for equal ones
-
-
-#: What is known, by subject, of each flow run that is under way in this process.
-_known: dict = {}
-
-#: "claims": by file, the origin of a task run and its claim. "out of date": slugs of tasks.
-_claims_lock = threading.Lock()
-
-
-def _known_of_flow_run(subject):
-    """A dictionary for the flow run that the context is of; it goes when that ends."""
-    for moment, key in _keys_of_flow_run():
-        if key not in _known:
-            try:
-                weakref.finalize(moment, _known.pop, key, None)
-            except TypeError:
-                continue
-        return _known.setdefault(key, {}).setdefault(subject, {})
-    return {}
-
-
-def _keys_of_flow_run():
-    # All rounds of a flow run share the first, and each round its own second one.
-    moments = map(prefect.context.get, ("scheduled_start_time", "date"))
-    return [(moment, (id(moment), prefect.context.get("flow_name"))) for moment in moments]
-
-
-def _forget_flow_run():
-    """The flow run has ended; another one, in the same task, may share its moment."""
-    for _, key in _keys_of_flow_run():
-        _known.pop(key, None)
-
-
-def _conflict(earlier, later):
-    """What to say of two claims of one file, unless it is the same task with equal arguments."""
-    is_same_task = earlier.slug == later.slug or earlier.task == later.task
-    if is_same_task and earlier.arguments == later.arguments:
-        return None
-    return (
-        f"The file {earlier.file} belongs to the task run {earlier.name!r} of this flow run. The "
-        f"task run {later.name!r} has the same path, but is not the same task with the same "
-        "arguments. Put into the path what tells them apart: an argument, or {task_name}."
-    )
-
-
-def _check_claims(states):
-    """Look for a file that belongs to two task runs.
-
-    Parameters
-    ----------
-    states : iterable of prefect.engine.state.State
-        All final states of one flow run, those of mapped children included.
-
-    Returns
-    -------
-    str or None
-        What to say, if there is one.
-    """
-    claims: Dict[str, _Claim] = {}
-    for claim in (_Claim(*getattr(state, _CLAIM)) for state in states if hasattr(state, _CLAIM)):
-        message = _conflict(claims.setdefault(claim.file, claim), claim)
-        if message:
-            return message
-    return None
-
-
-# How a frame is stored: what pandas can read and write --------------------------------------
+# How a frame is stored: what pandas can read and write ---------------------------------------
 
 
 def _find_file_types():
@@ -751,7 +440,6 @@ _DEFAULTS: dict = {
     "xml": ({"index": False}, {}),
 }
 
-
 #: What the parser in C of `read_csv` takes besides, and no other: one type for a whole column.
 _C_DEFAULTS = {"low_memory": False, **_EXACT_FLOATS}
 
@@ -767,23 +455,24 @@ def _takes_c_defaults(kwargs):
     )
 
 
-#: How the files of a type begin, and a pattern for their last 64 bytes.
-_ENDS: dict = {
-    "bz2": ((b"BZh",), b""),
-    "excel": ((b"PK", b"\xd0\xcf\x11\xe0"), b""),
-    "feather": ((b"ARROW1", b"FEA1"), rb"(ARROW1|FEA1)\Z"),
-    "gz": ((b"\x1f\x8b",), b""),
-    "hdf": ((b"\x89HDF\r\n\x1a\n",), b""),
-    "html": ((b"<",), rb">\s*\Z"),
-    "json": ((b"[", b"{", b'"'), rb'[\]}"]\s*\Z'),
-    "orc": ((b"ORC",), b"ORC"),
-    "parquet": ((b"PAR1", b"PARE"), rb"PAR[1E]\Z"),
-    "pickle": ((b"\x80",), rb"\.\Z"),
-    "xml": ((b"<",), rb">\s*\Z"),
-    "xz": ((b"\xfd7zXZ",), rb"YZ\Z"),
-    "zip": ((b"PK",), rb"PK\x05\x06"),
-    "zst": ((b"\x28\xb5\x2f\xfd",), b""),
-}
+def _check_file_type(file_type, path):
+    """The name of a file type in lower case: the one given, or that which the extension tells."""
+    known = f"The installed pandas has: {', '.join(sorted(_FILE_TYPES))}."
+    if file_type is not None:
+        if file_type.lower() not in _FILE_TYPES:
+            raise ValueError(f"There is no file type {file_type!r}. {known}")
+        return file_type.lower()
+    extensions = os.path.basename(path).lower().split(".")[1:]
+    while extensions and extensions[-1] in _COMPRESSIONS:
+        extensions.pop()
+    extension = extensions[-1] if extensions else ""
+    file_type = _EXTENSIONS.get(extension, extension)
+    if file_type not in _FILE_TYPES:
+        raise ValueError(f"The extension of {path!r} tells no file type; name one. {known}")
+    return file_type
+
+
+# What a file does not keep -------------------------------------------------------------------
 
 #: File types that keep values by the types of their columns; others by each value's text.
 _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
@@ -791,6 +480,7 @@ _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
 #: Frames with up to so many cells are read back whole, to see what their file does not keep; of
 #: larger ones some rows.
 _MAX_CELLS = 200_000
+
 _SAMPLE_ROWS = 100
 
 #: Words that some reader of pandas takes for something else.
@@ -799,7 +489,6 @@ _WORDS = [
     "n/a", "NULL", "null", "NaN", "-NaN", "nan", "-nan", "None", "Inf", "inf", "-inf", "Infinity",
     "-Infinity", "True", "TRUE", "true", "False", "FALSE", "false",
 ]  # fmt: skip
-
 
 #: Text that some reader or writer of pandas takes for something else.
 _PATTERNS = {
@@ -1000,28 +689,14 @@ def _are_equal(one, other):
     return True
 
 
-def _check_file_type(file_type, path):
-    """The name of a file type in lower case: the one given, or that which the extension tells."""
-    known = f"The installed pandas has: {', '.join(sorted(_FILE_TYPES))}."
-    if file_type is not None:
-        if file_type.lower() not in _FILE_TYPES:
-            raise ValueError(f"There is no file type {file_type!r}. {known}")
-        return file_type.lower()
-    extensions = os.path.basename(path).lower().split(".")[1:]
-    while extensions and extensions[-1] in _COMPRESSIONS:
-        extensions.pop()
-    extension = extensions[-1] if extensions else ""
-    file_type = _EXTENSIONS.get(extension, extension)
-    if file_type not in _FILE_TYPES:
-        raise ValueError(f"The extension of {path!r} tells no file type; name one. {known}")
-    return file_type
+#: What the checks have found: losses by file type, keyword arguments and kind of frame.
+_checked: dict = {}
+
+#: What was said in this process: paths, losses and columns.
+_said: set = set()
 
 
-# How a file appears: whole or not at all ----------------------------------------------------
-
-
-def _local(path):
-    return os.path.expanduser(re.sub("^(file|local)://", "", path))
+# How a file appears: whole or not at all -----------------------------------------------------
 
 
 def _filesystem(path, storage_options):
@@ -1139,7 +814,59 @@ def _rename(partial, path):
                 if os.path.isdir(earlier):
                     os.replace(earlier, path)
                 raise
-            # Another writer's folder has come in between.
+
+
+def _files(path):
+    """A file, or all that are in a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return sorted(found)
+
+
+def _flush_to_disk(path):
+    for file in _files(path):
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+
+
+def _remove(path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+#: When each large folder was last searched for leftovers (`time.monotonic`).
+_searched: dict = {}
+
+
+def _remove_leftovers(folder, name):
+    """Remove what writers of this path left behind when they were killed."""
+    if time.monotonic() - _searched.get(folder, -60) < 60:
+        return
+    start = _mark_of_this_host(name)
+    siblings = os.listdir(folder)
+    for sibling in siblings:
+        pid = sibling[len(start) :].partition("-")[0]
+        if sibling.startswith(start) and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            _remove(os.path.join(folder, sibling))
+    if len(siblings) > 1000:
+        # With thousands of files a search before each write would cost more than the writing.
+        _searched[folder] = time.monotonic()
+
+
+def _mark_of_this_host(name):
+    return f".{_shortened(name)}~{socket.gethostname().partition('.')[0]}-"
+
+
+def _shortened(name):
+    """A name that leaves room for what is added to it: file systems take 255 bytes."""
+    if len(name.encode()) <= 150:
+        return name
+    return f"{name.encode()[:140].decode(errors='ignore')}~{zlib.crc32(name.encode()):08x}"
+
+    # Another writer's folder has come in between.
 
 
 def _upload(filesystem, local, path):
@@ -1224,6 +951,88 @@ def _mark_of_upload(path):
     return f"{folder}/.{_shortened(name)}~upload"
 
 
+def _files_there(filesystem, path):
+    return filesystem.find(path) if filesystem.isdir(path) else [path]
+
+
+def _remove_there(filesystem, path):
+    if not filesystem.exists(path):
+        return
+    folders = list(filesystem.walk(path)) if filesystem.isdir(path) else []
+    for file in _files_there(filesystem, path):
+        _on_file(filesystem, "rm_file", file)
+    for folder, _, _ in reversed(folders):
+        with suppress(Exception):  # Many know no folders.
+            filesystem.rmdir(folder)
+
+
+# What is known of a file that is there -------------------------------------------------------
+
+
+def _modified(path, storage_options):
+    """When a file was written, in seconds since 1970; None if its file system does not tell."""
+    filesystem, path = _filesystem(path, storage_options)
+    if filesystem is None:
+        return os.stat(path).st_mtime
+    with suppress(Exception):
+        moment = filesystem.modified(path)
+        return (
+            moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
+        ).timestamp()
+    return None
+
+
+def _age(modified):
+    """How old a file is, in words, or nothing."""
+    if modified is None:
+        return ""
+    return f", written {datetime.timedelta(seconds=max(0, int(time.time() - modified)))} ago"
+
+
+#: How the files of a type begin, and a pattern for their last 64 bytes.
+_ENDS: dict = {
+    "bz2": ((b"BZh",), b""),
+    "excel": ((b"PK", b"\xd0\xcf\x11\xe0"), b""),
+    "feather": ((b"ARROW1", b"FEA1"), rb"(ARROW1|FEA1)\Z"),
+    "gz": ((b"\x1f\x8b",), b""),
+    "hdf": ((b"\x89HDF\r\n\x1a\n",), b""),
+    "html": ((b"<",), rb">\s*\Z"),
+    "json": ((b"[", b"{", b'"'), rb'[\]}"]\s*\Z'),
+    "orc": ((b"ORC",), b"ORC"),
+    "parquet": ((b"PAR1", b"PARE"), rb"PAR[1E]\Z"),
+    "pickle": ((b"\x80",), rb"\.\Z"),
+    "xml": ((b"<",), rb">\s*\Z"),
+    "xz": ((b"\xfd7zXZ",), rb"YZ\Z"),
+    "zip": ((b"PK",), rb"PK\x05\x06"),
+    "zst": ((b"\x28\xb5\x2f\xfd",), b""),
+}
+
+
+def _check_ends(path, storage_options, kinds):
+    """Raise if a file cannot be opened, or does not begin and end as those of its kind must.
+
+    Of which kind it is may depend on the version of pandas: it has to fit one of `kinds`.
+    """
+    filesystem, path = _filesystem(path, storage_options)
+    is_folder = os.path.isdir(path) if filesystem is None else filesystem.isdir(path)
+    if is_folder:
+        if not (_files(path) if filesystem is None else filesystem.find(path)):
+            raise EOFError("the folder is empty")
+        return
+    with open(path, "rb") if filesystem is None else filesystem.open(path, "rb") as file:
+        begin = file.read(16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        end = file.read()
+    if not begin:
+        raise EOFError("the file is empty")
+    for kind in kinds:
+        begins, ends = _ENDS.get(kind, ((b"",), b""))
+        if begin.lstrip().startswith(begins) and re.search(ends, end):
+            return
+    raise ValueError(f"it does not begin and end as a file of type {kinds[0]} must")
+
+
 def _identity(path, storage_options):
     """What tells the file that is at a path now from any later one; None if there is none."""
     filesystem, path = _filesystem(path, storage_options)
@@ -1270,21 +1079,6 @@ def _set_aside_there(filesystem, path):
     return aside
 
 
-def _files_there(filesystem, path):
-    return filesystem.find(path) if filesystem.isdir(path) else [path]
-
-
-def _remove_there(filesystem, path):
-    if not filesystem.exists(path):
-        return
-    folders = list(filesystem.walk(path)) if filesystem.isdir(path) else []
-    for file in _files_there(filesystem, path):
-        _on_file(filesystem, "rm_file", file)
-    for folder, _, _ in reversed(folders):
-        with suppress(Exception):  # Many know no folders.
-            filesystem.rmdir(folder)
-
-
 def _aside(path):
     """Another name for `path`, with another extension, that no later one takes."""
     folder, name = os.path.split(path)
@@ -1301,134 +1095,7 @@ def _earlier_asides(path, aside, siblings):
     return [name for name in names if name != os.path.basename(aside)]
 
 
-def _shortened(name):
-    """A name that leaves room for what is added to it: file systems take 255 bytes."""
-    if len(name.encode()) <= 150:
-        return name
-    return f"{name.encode()[:140].decode(errors='ignore')}~{zlib.crc32(name.encode()):08x}"
-
-
-def _files(path):
-    """A file, or all that are in a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return sorted(found)
-
-
-def _flush_to_disk(path):
-    for file in _files(path):
-        with open(file, "rb+") as opened:
-            os.fsync(opened.fileno())
-
-
-def _remove(path):
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.remove(path)
-
-
-#: When each large folder was last searched for leftovers (`time.monotonic`).
-_searched: dict = {}
-
-
-def _remove_leftovers(folder, name):
-    """Remove what writers of this path left behind when they were killed."""
-    if time.monotonic() - _searched.get(folder, -60) < 60:
-        return
-    start = _mark_of_this_host(name)
-    siblings = os.listdir(folder)
-    for sibling in siblings:
-        pid = sibling[len(start) :].partition("-")[0]
-        if sibling.startswith(start) and pid.isdigit() and not psutil.pid_exists(int(pid)):
-            _remove(os.path.join(folder, sibling))
-    if len(siblings) > 1000:
-        # With thousands of files a search before each write would cost more than the writing.
-        _searched[folder] = time.monotonic()
-
-
-def _mark_of_this_host(name):
-    return f".{_shortened(name)}~{socket.gethostname().partition('.')[0]}-"
-
-
-def _check_path(path):
-    path = os.fspath(path)
-    if not isinstance(path, str):
-        raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
-        raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
-    bucket = path.partition("://")[2].partition("/")[0] if _is_url(path) else ""
-    if "{" in bucket.replace("{{", ""):
-        raise ValueError(
-            f"The bucket or host of {path!r} has a field: write it out, so that no value of an "
-            "argument leads to another one."
-        )
-    if any(
-        name is not None and not name[:1].isidentifier()
-        for _, name, _, _ in string.Formatter().parse(path)
-    ):
-        raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
-    return path
-
-
-def _modified(path, storage_options):
-    """When a file was written, in seconds since 1970; None if its file system does not tell."""
-    filesystem, path = _filesystem(path, storage_options)
-    if filesystem is None:
-        return os.stat(path).st_mtime
-    with suppress(Exception):
-        moment = filesystem.modified(path)
-        return (
-            moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
-        ).timestamp()
-    return None
-
-
-def _age(modified):
-    """How old a file is, in words, or nothing."""
-    if modified is None:
-        return ""
-    return f", written {datetime.timedelta(seconds=max(0, int(time.time() - modified)))} ago"
-
-
-def _check_ends(path, storage_options, kinds):
-    """Raise if a file cannot be opened, or does not begin and end as those of its kind must.
-
-    Of which kind it is may depend on the version of pandas: it has to fit one of `kinds`.
-    """
-    filesystem, path = _filesystem(path, storage_options)
-    is_folder = os.path.isdir(path) if filesystem is None else filesystem.isdir(path)
-    if is_folder:
-        if not (_files(path) if filesystem is None else filesystem.find(path)):
-            raise EOFError("the folder is empty")
-        return
-    with open(path, "rb") if filesystem is None else filesystem.open(path, "rb") as file:
-        begin = file.read(16)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
-        end = file.read()
-    if not begin:
-        raise EOFError("the file is empty")
-    for kind in kinds:
-        begins, ends = _ENDS.get(kind, ((b"",), b""))
-        if begin.lstrip().startswith(begins) and re.search(ends, end):
-            return
-    raise ValueError(f"it does not begin and end as a file of type {kinds[0]} must")
-
-
-def _task_name():
-    return prefect.context.get("task_full_name", "")
-
-
-#: What the checks have found: losses by file type, keyword arguments and kind of frame.
-_checked: dict = {}
-
-#: What was said in this process: paths, losses and columns.
-_said: set = set()
-
-
-# What is stored lives in its file -----------------------------------------------------------
+# What is stored lives in its file ------------------------------------------------------------
 
 
 class _OnDemand:
@@ -1639,7 +1306,7 @@ def _hang_in(state):
             state._result = value
 
 
-# The storage of a task ----------------------------------------------------------------------
+# The storage of a task -----------------------------------------------------------------------
 
 
 class PandasResult(_OnDemand, _Storage):
@@ -1679,7 +1346,14 @@ class PandasResult(_OnDemand, _Storage):
     'parquet'
     """
 
-    def __init__(self, path=None, file_type=None, read_kwargs=None, write_kwargs=None, **kwargs):
+    def __init__(
+        self,
+        path: Union[str, "os.PathLike[str]", Callable[..., str], None] = None,
+        file_type: Optional[str] = None,
+        read_kwargs: Optional[Dict[str, Any]] = None,
+        write_kwargs: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+    ) -> None:
         path = kwargs.pop("location", None) if path is None else path
         if path is None and not _HAS_LOCATIONS:
             raise ValueError(f"{type(self).__name__} needs a path.")
@@ -1696,12 +1370,12 @@ class PandasResult(_OnDemand, _Storage):
         return f"<{type(self).__name__}: {self.location or self._formatter}>"
 
     @property
-    def path(self):
+    def path(self) -> Union[str, Callable[..., str], None]:
         """str or callable: the template of the path."""
         return self.location or self._formatter
 
     @property
-    def file_type(self):
+    def file_type(self) -> Optional[str]:
         """str: the type that was given or that the path tells, None as long as there is neither."""
         if self._file_type is None and self.location is None:
             return None
@@ -1873,13 +1547,405 @@ class PandasResult(_OnDemand, _Storage):
 
 
 PandasResultHandler = PandasResult
+
 _accept_as_result_handler(PandasResult)
 
 
-# A task whose file is there is not run ------------------------------------------------------
+def _task_name():
+    return prefect.context.get("task_full_name", "")
 
 
-def checkpoint_handler(task_runner, old_state, new_state):
+# Marks on states, and tags of tasks ----------------------------------------------------------
+
+
+class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
+    """The type of `PurgedResult`."""
+
+    def __eq__(self, other):
+        # Where Prefect asks whether there is a result, there is none.
+        return isinstance(other, type(NoResult))
+
+    def __hash__(self):
+        return id(self)
+
+    def __repr__(self):
+        return "<Purged result>"
+
+    def __str__(self):
+        return "PurgedResult"
+
+    def __reduce__(self):
+        return "PurgedResult"
+
+    def copy(self):
+        return self
+
+    def from_value(self, value):
+        return Result(value)
+
+    def to_result(self, result_handler=None):
+        return self
+
+
+#: What a purged state has as its `_result`; the state's `result` is None. There is only this one.
+PurgedResult = _PurgedResultType()
+
+#: A task with this tag keeps its result until the flow has ended.
+_KEEP = "prefect-ds:keep"
+
+#: Which task run it is the state of: the same string in every process.
+_ORIGIN = "_prefect_ds_origin"
+
+#: Which file belongs to the task run, as `_check_claims` compares it.
+_CLAIM = "_prefect_ds_claim"
+
+#: The task was computed again, in the flow run that started at this time.
+_RECOMPUTED = "_prefect_ds_recomputed"
+
+#: All tasks downstream are to be computed again, too, in the flow run that started at this time.
+#: `DSExecutor` has it in the context as well.
+_SPREADS = "_prefect_ds_recompute_spreads"
+
+#: The task's file was found, so that it did not run.
+_FOUND = "_prefect_ds_found"
+
+#: The newest file that the result was made from: when it was written, and where it is.
+_NEWEST = "_prefect_ds_newest"
+
+#: The result was kept for a reader that has not finished, for the next round.
+_HELD = "_prefect_ds_held"
+
+
+# What is known of the task run that is under way ---------------------------------------------
+
+
+class _TaskRun:
+    """What the functions of this file need to know of the task run that they are called in.
+
+    It is kept in the thread and not in `prefect.context`, which Prefect pickles for tasks with a
+    `timeout`: the process that runs them would have to import this file, and pandas, within
+    their time.
+    """
+
+    #: `run`: the task run of a `DSTaskRunner`. `plain`: that of another class, which tells
+    #: `checkpoint_handler` less.
+    _in_thread = threading.local()
+
+    def __init__(self, task_runner):
+        self.task_runner: TaskRunner = task_runner
+        #: which task run it is; see `_place`
+        self.place: tuple = _place()
+        #: what the task gets, by argument; None as long as that is not known
+        self.inputs: Optional[Dict[str, Result]] = None
+        #: where `inputs` come from
+        self.upstream_states: Dict[Edge, State] = {}
+        #: where its result is, or will be, stored: filled once, as a task may change its arguments
+        self.location: Optional[str] = None
+        #: that the file at `location` belongs to it
+        self.claim: Optional[_Claim] = None
+        #: the file at `location` that is there but could not be read, as `_identity` tells it
+        self.unreadable: Any = None
+        #: what it has read, held until it ends: Prefect asks for it more than once
+        self.read: list = []
+        #: the newest file that its inputs were made from: when it was written, and where it is
+        self.newest_input: Optional[Tuple[float, str]] = None
+        #: the same of its own file
+        self.own_file: Optional[Tuple[float, str]] = None
+        #: whether Prefect has asked for its result to be written, which is put off until it ends
+        self.is_to_be_written: bool = False
+        #: whether the task runs though its file is there
+        self.recomputes: bool = False
+        #: whether all tasks downstream do so, too
+        self.spreads: bool = False
+        #: names of the upstream tasks whose results it would read, but which were purged
+        self.purged_inputs: List[str] = []
+        #: where relative paths begin: the task itself may change that
+        self.folder: str = ""
+        with suppress(FileNotFoundError):  # A folder that is gone matters to relative paths only.
+            self.folder = os.getcwd()
+
+    @classmethod
+    @contextmanager
+    def started_by(cls, task_runner):
+        outer = getattr(cls._in_thread, "run", None)
+        cls._in_thread.run = cls(task_runner)
+        try:
+            yield cls._in_thread.run
+        finally:
+            cls._in_thread.run = outer
+
+    @classmethod
+    def of(cls, task_runner):
+        """The task run that this task runner has under way in this thread."""
+        run = getattr(cls._in_thread, "run", None)
+        if run is None or run.task_runner is not task_runner:
+            run = getattr(cls._in_thread, "plain", None)
+            if run is None or run.task_runner is not task_runner or run.place != _place():
+                run = cls._in_thread.plain = cls(task_runner)
+        return run
+
+    @classmethod
+    def current(cls):
+        """The task run that is under way in this thread, if anything is known of it, or None."""
+        for run in (getattr(cls._in_thread, name, None) for name in ("run", "plain")):
+            # A flow that a task runs is not that task run.
+            if run is not None and run.place == _place():
+                return run
+        return None
+
+    @classmethod
+    def is_any_under_way(cls):
+        """Whether this is called in a task, be it of another flow."""
+        return getattr(cls._in_thread, "run", None) is not None
+
+    def puts_off(self, storage):
+        """Whether Prefect's wish to write is put off: what a loop has in between is not stored."""
+        if storage is not self.storage or not isinstance(self.task_runner, DSTaskRunner):
+            return False
+        self.is_to_be_written = True
+        return True
+
+    @property
+    def storage(self):
+        return _storage_of(self.task_runner)
+
+    @property
+    def origin(self):
+        """Which task run of the flow this is, in words."""
+        *_, slug, full_name = self.place
+        return f"{slug} {full_name}"
+
+    @property
+    def started(self):
+        """When the flow run has started, in words."""
+        return str(self.place[1])
+
+    def arguments(self, names):
+        """All arguments by name, defaults included; None for those stored that are not in `names`.
+
+        These are not read: what names a file is hardly ever a frame.
+        """
+        if self.inputs is None:
+            return {}
+        arguments = self._defaults()
+        for name, result in self.inputs.items():
+            is_stored = _location_of(result) or _is_unread(result)
+            arguments[name] = result.value if name in names or not is_stored else None
+        return arguments
+
+    def _defaults(self):
+        parameters = inspect.signature(self.task_runner.task.run).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def take(self, location):
+        """Take the file for this task run; raise if it belongs to another one."""
+        *_, slug, full_name = self.place
+        task = _describe_task(self.task_runner.task, slug, self.storage)
+        arguments = self._describe_arguments()
+        claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
+        with _claims_lock:
+            claims = _known_of_flow_run("claims")
+            origin, earlier = claims.setdefault(claim.file, (self.origin, claim))
+        message = origin != self.origin and _conflict(earlier, claim)
+        if message:
+            raise ValueError(message + " Nothing was read or written.")
+        self.claim = claim
+
+    def _describe_arguments(self):
+        if self.inputs is None:
+            return f"those of {self.origin}"
+        slug = self.place[-2]
+        arguments = {k: _describe(v, f"{k} of {slug}") for k, v in self._defaults().items()}
+        for edge, state in self.upstream_states.items():
+            if edge.key in self.inputs:
+                arguments[edge.key] = self._describe_input(edge, state)
+        return _digest(arguments)
+
+    def _describe_input(self, edge, upstream_state):
+        result = (self.inputs or {})[edge.key]
+        location = _location_of(result)
+        if location is not None:
+            return f"stored {location}"
+        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.place[-2]}")
+        if upstream_state.is_mapped() or _is_unread(result):
+            return origin
+        index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
+        return _describe(result.value, origin + index)
+
+    def mark(self, state):
+        """Put on its final state what others have to know."""
+        marks = {
+            _ORIGIN: self.origin,
+            _CLAIM: self.claim and tuple(self.claim),
+            _SPREADS: self.spreads and self.started,
+            _RECOMPUTED: self.recomputes and self.started,
+            _NEWEST: self.own_file or self.newest_input,
+        }
+        for name, value in marks.items():
+            if value:
+                setattr(state, name, value)
+
+
+def _place():
+    """Which task run of which flow run the context of this thread is that of."""
+    names = ("flow_name", "scheduled_start_time", "task_slug", "task_full_name")
+    return tuple(map(prefect.context.get, names))
+
+
+# Which file belongs to which task run --------------------------------------------------------
+
+#: What Prefect itself keeps of a task; other attributes are part of what it computes.
+_TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
+
+#: Types whose `repr` tells their value.
+_PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
+
+_PLAIN += (datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo)
+
+_PLAIN += (pathlib.PurePath, pandas.Period, numpy.generic)
+
+#: Of a larger collection it counts where it comes from.
+_MAX_ITEMS = 1000
+
+#: What has been said of tasks, as they may change their attributes when they run.
+_descriptions: "weakref.WeakKeyDictionary[Task, str]" = weakref.WeakKeyDictionary()
+
+#: Functions have no other name that holds for all that refer to one and for no other.
+_tokens: "weakref.WeakKeyDictionary[types.FunctionType, str]" = weakref.WeakKeyDictionary()
+
+
+def _describe_task(task, slug, storage):
+    """The same string for tasks that do the same."""
+    if task not in _descriptions:
+        parts = {"": f"{task.name} {type(task).__module__}.{type(task).__qualname__}"}
+        if isinstance(storage, PandasResult):
+            parts["storage"] = repr((storage._file_type, storage.read_kwargs, storage.write_kwargs))
+        for name, value in vars(task).items():
+            if name not in _TASK_ATTRIBUTES:
+                is_function = isinstance(value, types.FunctionType)
+                token = is_function and _tokens.setdefault(value, uuid.uuid4().hex)
+                parts[name] = _describe(value, token or f"{name} of {slug}")
+        _descriptions[task] = _digest(parts)
+    return _descriptions[task]
+
+
+def _digest(descriptions):
+    content = repr(sorted(descriptions.items())).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _describe(value, origin):
+    """The same string for equal values of one type, in any process; or else their origin."""
+    items = 0
+
+    def describe(value):
+        nonlocal items
+        items += 1
+        kind = type(value)
+        if isinstance(value, _PLAIN):
+            return f"{kind.__qualname__} {value!r}"
+        if isinstance(value, types.FunctionType):
+            code = value.__code__
+            closure = [cell.cell_contents for cell in value.__closure__ or ()]
+            value = [code.co_filename, code.co_firstlineno, value.__qualname__, closure]
+        elif isinstance(value, type) or inspect.ismodule(getattr(value, "__self__", None)):
+            value = [value.__module__, value.__qualname__]
+        elif kind is functools.partial:
+            value = [value.func, value.args, value.keywords]
+        elif kind in (set, frozenset):
+            value = sorted(map(describe, value))
+        elif kind is dict:
+            value = sorted((describe(key), describe(item)) for key, item in value.items())
+        elif kind not in (list, tuple):
+            raise TypeError
+        if items + len(value) > _MAX_ITEMS:
+            raise OverflowError
+        return f"{kind.__qualname__} [{', '.join(map(describe, value))}]"
+
+    try:
+        return describe(value)
+    except Exception:
+        return f"that of {origin}"
+
+
+class _Claim(NamedTuple):
+    """That a file belongs to a task run. On states it is a plain tuple, also in a pickle."""
+
+    file: str  # its `_real_path`
+    name: str  # of the task run
+    slug: str  # of the task in its flow
+    task: str  # the same for tasks that do the same
+    arguments: str  # the same for equal ones
+
+
+#: What is known, by subject, of each flow run that is under way in this process.
+_known: dict = {}
+
+#: "claims": by file, the origin of a task run and its claim. "out of date": slugs of tasks.
+_claims_lock = threading.Lock()
+
+
+def _known_of_flow_run(subject):
+    """A dictionary for the flow run that the context is of; it goes when that ends."""
+    for moment, key in _keys_of_flow_run():
+        if key not in _known:
+            try:
+                weakref.finalize(moment, _known.pop, key, None)
+            except TypeError:
+                continue
+        return _known.setdefault(key, {}).setdefault(subject, {})
+    return {}
+
+
+def _keys_of_flow_run():
+    # All rounds of a flow run share the first, and each round its own second one.
+    moments = map(prefect.context.get, ("scheduled_start_time", "date"))
+    return [(moment, (id(moment), prefect.context.get("flow_name"))) for moment in moments]
+
+
+def _forget_flow_run():
+    """The flow run has ended; another one, in the same task, may share its moment."""
+    for _, key in _keys_of_flow_run():
+        _known.pop(key, None)
+
+
+def _conflict(earlier, later):
+    """What to say of two claims of one file, unless it is the same task with equal arguments."""
+    is_same_task = earlier.slug == later.slug or earlier.task == later.task
+    if is_same_task and earlier.arguments == later.arguments:
+        return None
+    return (
+        f"The file {earlier.file} belongs to the task run {earlier.name!r} of this flow run. The "
+        f"task run {later.name!r} has the same path, but is not the same task with the same "
+        "arguments. Put into the path what tells them apart: an argument, or {task_name}."
+    )
+
+
+def _check_claims(states):
+    """Look for a file that belongs to two task runs.
+
+    Parameters
+    ----------
+    states : iterable of prefect.engine.state.State
+        All final states of one flow run, those of mapped children included.
+
+    Returns
+    -------
+    str or None
+        What to say, if there is one.
+    """
+    claims: Dict[str, _Claim] = {}
+    for claim in (_Claim(*getattr(state, _CLAIM)) for state in states if hasattr(state, _CLAIM)):
+        message = _conflict(claims.setdefault(claim.file, claim), claim)
+        if message:
+            return message
+    return None
+
+
+# A task whose file is there is not run -------------------------------------------------------
+
+
+def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: State) -> State:
     """Load a task's result instead of running it, if its file is there; else write the file.
 
     A state handler for `task_runner_state_handlers`. It acts on tasks that store their result by
@@ -2043,6 +2109,8 @@ def _checkpoint_location(storage, task_run):
     return storage._locate({})
 
 
+# Which tasks run though their file is there --------------------------------------------------
+
 #: In `prefect.context`: which tasks to run though their result is stored, set by the user.
 _RECOMPUTE = "recompute"
 
@@ -2065,6 +2133,28 @@ def _matches(pattern, task):
 
 def _spreads(pattern, task):
     return pattern.endswith("+") and pattern != task.name
+
+
+def _is_recompute_inherited():
+    """Whether it was not said for this flow: but in the environment, or for one around it."""
+    in_environment = prefect.config.get("context", {}).get(_RECOMPUTE)
+    return _TaskRun.is_any_under_way() or prefect.context.get(_RECOMPUTE) == in_environment
+
+
+def _spread_over(flow):
+    """The tasks that are computed again since one upstream is.
+
+    States carry this, too, but not those that come from a backend.
+    """
+    patterns, found = _recompute_patterns(), set()
+    for task in flow.sorted_tasks() if patterns else ():
+        named = any(_matches(pattern, task) and _spreads(pattern, task) for pattern in patterns)
+        if named or any(edge.upstream_task in found for edge in flow.edges_to(task)):
+            found.add(task)
+    return found
+
+
+# How a task is run ---------------------------------------------------------------------------
 
 
 class DSTaskRunner(TaskRunner):
@@ -2244,43 +2334,270 @@ class _DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
         return state, {**upstream_states, **loaded}
 
 
-# Results that nobody needs any more ---------------------------------------------------------
+# How a flow is run ---------------------------------------------------------------------------
 
 
-class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
-    """The type of `PurgedResult`."""
+class DSFlowRunner(FlowRunner):
+    """A `FlowRunner` that drops each result as soon as its last reader has finished.
 
-    def __eq__(self, other):
-        # Where Prefect asks whether there is a result, there is none.
-        return isinstance(other, type(NoResult))
+    A flow then needs the memory of its working set: with `LocalExecutor` a map of any width,
+    through any number of stages, needs two partitions alive at a time. It gives the same states
+    and terminal results as Prefect's `FlowRunner`.
 
-    def __hash__(self):
-        return id(self)
+    Kept are the results that no other task reads, those of reference tasks, of tasks with the tag
+    "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
+    Paused, ...) will read again. All others are replaced by `PurgedResult`. Results that come with
+    states passed in by the caller (`task_states`) are never touched.
 
-    def __repr__(self):
-        return "<Purged result>"
+    Parameters
+    ----------
+    flow : prefect.Flow
+        The flow to run.
+    task_runner_cls : type, optional
+        The class that runs the tasks, `DSTaskRunner` by default.
+    state_handlers : iterable of callable, optional
+        As for Prefect's `FlowRunner`.
 
-    def __str__(self):
-        return "PurgedResult"
+    Notes
+    -----
+    Results are purged on `LocalExecutor`, and from Prefect 0.12 on also on `LocalDaskExecutor`
+    and `DaskExecutor`. On other executors the flow runs as without this class.
 
-    def __reduce__(self):
-        return "PurgedResult"
+    Examples
+    --------
+    >>> flow.run(
+    ...     runner_cls=DSFlowRunner, task_runner_state_handlers=[checkpoint_handler]
+    ... )  # doctest: +SKIP
+    """
 
-    def copy(self):
-        return self
+    def __init__(
+        self,
+        flow: Flow,
+        task_runner_cls: Optional[type] = None,
+        state_handlers: Optional[Iterable[Callable]] = None,
+    ) -> None:
+        super().__init__(
+            flow=flow,
+            task_runner_cls=task_runner_cls or DSTaskRunner,
+            state_handlers=state_handlers,
+        )
 
-    def from_value(self, value):
-        return Result(value)
+    def get_flow_run_state(self, state: State, executor: Executor, **kwargs: Any) -> State:
+        """As Prefect's, on an executor that goes deep first and purges as it goes."""
+        run = _new_run(self.flow, executor, self.logger)
+        if not isinstance(executor, DSExecutor):
+            self._warn_if_nothing_is_stored(kwargs)
+        state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
+        message = run.conflict if run else _check_claims(_with_children(state.result))
+        if message and state.is_finished():
+            self.logger.error(message)
+            state = self.handle_state_change(state, Failed(message, result=state.result))
+        return state
 
-    def to_result(self, result_handler=None):
-        return self
+    def _warn_if_nothing_is_stored(self, arguments):
+        if checkpoint_handler in (arguments.get("task_runner_state_handlers") or ()):
+            return
+        config = prefect.context.get("config") or prefect.config
+        if prefect.context.get("checkpointing", config.flows.checkpointing):
+            return
+        of_flow = getattr(self.flow, _STORAGE)
+        names = {
+            task.name
+            for task in self.flow.tasks
+            if _has_checkpoints(task, getattr(task, _STORAGE) or _unless_prefects(task, of_flow))
+        }
+        # In the later rounds of a flow run there are states.
+        if names and not arguments.get("task_states"):
+            self.logger.warning(
+                "Nothing is stored, and nothing is loaded, for the tasks %s: run the flow with "
+                "task_runner_state_handlers=[checkpoint_handler].",
+                ", ".join(sorted(names)),
+            )
 
 
-#: What a purged state has as its `_result`; the state's `result` is None. There is only this one.
-PurgedResult = _PurgedResultType()
+def _with_children(states):
+    states = list(states.values()) if isinstance(states, dict) else []
+    return states + [child for state in states for child in _children_of(state)]
 
-#: A task with this tag keeps its result until the flow has ended.
-_KEEP = "prefect-ds:keep"
+
+def _new_run(flow, executor, logger):
+    """What puts the flow's calls in order; None on an executor that is to do so itself."""
+    for pattern in _recompute_patterns():
+        if pattern == _OUT_OF_DATE or any(_matches(pattern, task) for task in flow.tasks):
+            continue
+        message = (
+            f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
+        )
+        if not _is_recompute_inherited():
+            raise ValueError(message)
+        logger.warning(message)
+    # Below 0.12 the context has only those parameters that were passed.
+    parameters = dict(prefect.context.get("parameters") or {})
+    for parameter in flow.parameters():
+        if not parameter.required:
+            parameters.setdefault(parameter.name, parameter.default)
+    prefect.context["parameters"] = parameters
+    backend = _backend_for(executor, logger)
+    return _Run(flow, executor, backend, logger) if backend else None
+
+
+def _names(tasks):
+    return ", ".join(sorted({task.name for task in tasks}))
+
+
+class DSExecutor(Executor):
+    """An `Executor` that does what `DSFlowRunner` does, where Prefect chooses the flow runner.
+
+    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
+    by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
+    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12.
+
+    Parameters
+    ----------
+    flow : prefect.Flow
+        The flow that has this executor. It may still get tasks. A copy of it needs a `DSExecutor`
+        of its own as soon as it has other tasks, edges or reference tasks.
+    executor : prefect.executors.Executor, optional
+        What runs the tasks: a `LocalExecutor` by default.
+
+    Notes
+    -----
+    `TaskRunner` and Prefect's `CloudTaskRunner` are replaced. A task runner class of your own is
+    left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
+
+    Examples
+    --------
+    >>> flow.executor = DSExecutor(flow)  # doctest: +SKIP
+    >>> flow.register(project_name="sales")  # doctest: +SKIP
+    """
+
+    def __init__(self, flow: Flow, executor: Optional[Executor] = None) -> None:
+        if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
+            raise TypeError(
+                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}, as in "
+                "flow.executor = DSExecutor(flow, LocalDaskExecutor())."
+            )
+        if not _FLOW_RUNNER_MAPS:
+            raise NotImplementedError(
+                "DSExecutor needs Prefect 0.12; below, use flow.run(runner_cls=DSFlowRunner)."
+            )
+        super().__init__()
+        self.flow = flow
+        self.executor = executor or LocalExecutor()
+        self._under_way: dict = {}
+
+    def __getstate__(self):
+        return {**vars(self), "_under_way": {}}
+
+    @contextmanager
+    def start(self) -> Iterator[None]:
+        """Start Prefect's executor, for a run of the flow in this thread."""
+        thread = threading.get_ident()
+        outer = self._under_way.get(thread)
+        run = _new_run(self.flow, self.executor, self.logger)
+        self._under_way[thread] = _UnderWay(run or self.executor, _spread_over(self.flow), set())
+        try:
+            with self._under_way[thread].run.start():
+                yield
+        finally:
+            self._under_way[thread] = outer
+        if run and run.conflict and run.is_finished:
+            raise ValueError(run.conflict)
+
+    def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Put off a call; a task is run by a task runner that knows of checkpoints."""
+        under_way = self._under_way[threading.get_ident()]
+        if "task_runner_cls" in kwargs:
+            self._check_edges(kwargs["task"], kwargs["upstream_states"])
+            self._add_checkpoints(under_way, kwargs)
+        return under_way.run.submit(fn, *args, **kwargs)
+
+    def wait(self, futures: Any) -> Any:
+        """Run calls until these are done; return what they came to."""
+        ends = {*self.flow.terminal_tasks(), *self.flow.reference_tasks()}
+        is_end = isinstance(futures, dict) and any(isinstance(key, Task) for key in futures)
+        if is_end and not ends <= set(futures):
+            raise self._other_flow(f"does not end with {_names(ends - set(futures))}")
+        return self._under_way[threading.get_ident()].run.wait(futures)
+
+    def _check_edges(self, task, edges):
+        """Raise if this task reads something else than in the flow that is known."""
+        if task not in self.flow.tasks:
+            raise self._other_flow(f"has another task {task.name!r}")
+        known = set(self.flow.edges_to(task))
+        added = {e for e in set(edges) - known if not isinstance(e.upstream_task, Constant)}
+        if added or not known <= set(edges):
+            raise self._other_flow(f"has other edges to the task {task.name!r}")
+
+    def _other_flow(self, difference):
+        return ValueError(
+            f"This DSExecutor was made for another flow {self.flow.name!r}: the one that runs "
+            f"{difference}. A changed copy needs one of its own: flow.executor = DSExecutor(flow)."
+        )
+
+    def _add_checkpoints(self, under_way, kwargs):
+        given, context = kwargs["task_runner_cls"], kwargs["context"]
+        kwargs["task_runner_cls"] = cls = _TASK_RUNNERS.get(given, given)
+        is_cloud = _is_class(cls, CloudTaskRunner)
+        handlers = kwargs["task_runner_state_handlers"] or ()
+        if not _is_class(cls, DSTaskRunner):
+            if cls not in under_way.left_alone:
+                under_way.left_alone.add(cls)
+                base = _TASK_RUNNERS[CloudTaskRunner if is_cloud else TaskRunner]
+                self.logger.warning(
+                    "DSExecutor leaves the task runner class %s as it is: nothing is stored or "
+                    "loaded. For that, let it inherit from prefect_ds.%s.",
+                    getattr(cls, "__name__", cls), base.__name__,
+                )  # fmt: skip
+        elif not is_cloud and checkpoint_handler not in handlers:
+            kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
+        if kwargs["task"] in under_way.spread:
+            # It names the task, as flows within that inherit its context.
+            kwargs["context"] = {**context, _SPREADS: (context["flow_name"], context["task_slug"])}
+
+
+#: By what `DSExecutor` replaces Prefect's own.
+_TASK_RUNNERS = {TaskRunner: DSTaskRunner, CloudTaskRunner: _DSCloudTaskRunner}
+
+
+class _UnderWay(NamedTuple):
+    """A flow run on a `DSExecutor`."""
+
+    run: Any  # what takes the calls
+    spread: set  # tasks that are downstream of one that is computed again, if that spreads
+    left_alone: set  # task runner classes that are not ours
+
+
+def _is_class(cls, base):
+    return isinstance(cls, type) and issubclass(cls, base)
+
+
+def _backend_for(executor, logger):
+    """Where the calls run that are meant for this executor; None if it is to run them itself."""
+    if isinstance(executor, LocalExecutor):
+        base, backend, passed_over = LocalExecutor, _Here, ["map"]
+    elif isinstance(executor, DaskExecutor):
+        base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
+    elif isinstance(executor, LocalDaskExecutor):
+        is_alone = executor.scheduler.startswith(("sync", "single"))
+        base, backend = LocalDaskExecutor, _HereByItself if is_alone else _InPool
+        passed_over = ["submit", "map", "wait"]
+    else:
+        return None
+    if issubclass(backend, _InPool) and not _FLOW_RUNNER_MAPS:
+        return None
+    kind = type(executor)
+    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
+    if own:
+        logger.warning(
+            "%s has a %s of its own, which would be passed over. So the flow runs as without "
+            "prefect_ds, and keeps all results.", kind.__name__, " and a ".join(own),
+        )  # fmt: skip
+        return None
+    return backend(executor)
+
+
+# When a result may go ------------------------------------------------------------------------
 
 
 def _has_result(state):
@@ -2329,57 +2646,6 @@ def _states_behind(edge, upstream):
     return upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
 
 
-class _Progress:
-    """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
-
-    SECONDS_BETWEEN_LINES = 30
-    SECONDS_BETWEEN_LOOKS = 1
-    #: The more there is to see, the longer a look takes: pause for this many times as long.
-    PAUSE_PER_LOOK = 50
-
-    def __init__(self, logger):
-        self._logger = logger
-        self._bar = None
-        self._has_lines = False
-        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
-        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-
-    def tell(self, look):
-        """If it is time to, look how far they are, and say so."""
-        begin = time.monotonic()
-        if begin < self._next_look:
-            return
-        self._show(look(), begin >= self._next_line)
-        end = time.monotonic()
-        pause = max(self.SECONDS_BETWEEN_LOOKS, self.PAUSE_PER_LOOK * (end - begin))
-        self._next_look = end + pause
-
-    def close(self, look):
-        """Say where they have ended, if anything was said before."""
-        if self._bar is not None or self._has_lines:
-            self._show(look(), self._has_lines)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, counts, is_line_due):
-        total, done, others = counts
-        if not total:
-            return
-        if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
-            self._bar = tqdm(desc="mapped task runs", unit="")
-        if self._bar is not None:
-            self._bar.total, self._bar.n = total, done
-            self._bar.set_postfix(others)
-        if is_line_due:
-            self._has_lines = True
-            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-            details = ", ".join(f"{count} {name}" for name, count in others.items())
-            self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
-
-
-# When a result may go, and what runs next ---------------------------------------------------
-
-
 class _TaskRecord:
     """What is known, during one flow run, of a task and the calls that run it."""
 
@@ -2411,6 +2677,9 @@ class _TaskRecord:
         self.unknown: int = 1 + len(downstream)
         #: whether the flow runner waits for its result before it maps another task
         self.is_awaited: bool = any(e.mapped for t in downstream for e in flow.edges_to(t))
+
+
+# What runs next ------------------------------------------------------------------------------
 
 
 class _Call:
@@ -2903,7 +3172,7 @@ def _resources(call):
     return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
-# Where calls run ----------------------------------------------------------------------------
+# Where calls run -----------------------------------------------------------------------------
 
 
 class _Piece:
@@ -3320,6 +3589,9 @@ def _run_call(function, args, kwargs):
     return outcome
 
 
+# What Prefect's context costs ----------------------------------------------------------------
+
+
 def _run_without_merging(function, args, kwargs):
     """Run a call without what Prefect spends most of its time on: merging its configuration.
 
@@ -3352,6 +3624,9 @@ def _merge_config(own, config):
         key, merged = (own, config), merge_dicts(own, config)
         _last_merge.key_and_outcome = key, merged
     return merged
+
+
+# What errors hold ----------------------------------------------------------------------------
 
 
 def _values_read(args, kwargs):
@@ -3439,278 +3714,55 @@ def _holds_data(value, known):
     return False
 
 
-class DSFlowRunner(FlowRunner):
-    """A `FlowRunner` that drops each result as soon as its last reader has finished.
+# How far it is -------------------------------------------------------------------------------
 
-    A flow then needs the memory of its working set: with `LocalExecutor` a map of any width,
-    through any number of stages, needs two partitions alive at a time. It gives the same states
-    and terminal results as Prefect's `FlowRunner`.
 
-    Kept are the results that no other task reads, those of reference tasks, of tasks with the tag
-    "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
-    Paused, ...) will read again. All others are replaced by `PurgedResult`. Results that come with
-    states passed in by the caller (`task_states`) are never touched.
+class _Progress:
+    """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
 
-    Parameters
-    ----------
-    flow : prefect.Flow
-        The flow to run.
-    task_runner_cls : type, optional
-        The class that runs the tasks, `DSTaskRunner` by default.
-    state_handlers : iterable of callable, optional
-        As for Prefect's `FlowRunner`.
+    SECONDS_BETWEEN_LINES = 30
+    SECONDS_BETWEEN_LOOKS = 1
+    #: The more there is to see, the longer a look takes: pause for this many times as long.
+    PAUSE_PER_LOOK = 50
 
-    Notes
-    -----
-    Results are purged on `LocalExecutor`, and from Prefect 0.12 on also on `LocalDaskExecutor`
-    and `DaskExecutor`. On other executors the flow runs as without this class.
+    def __init__(self, logger):
+        self._logger = logger
+        self._bar = None
+        self._has_lines = False
+        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
+        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
 
-    Examples
-    --------
-    >>> flow.run(
-    ...     runner_cls=DSFlowRunner, task_runner_state_handlers=[checkpoint_handler]
-    ... )  # doctest: +SKIP
-    """
-
-    def __init__(self, flow, task_runner_cls=None, state_handlers=None):
-        super().__init__(
-            flow=flow,
-            task_runner_cls=task_runner_cls or DSTaskRunner,
-            state_handlers=state_handlers,
-        )
-
-    def get_flow_run_state(self, state, executor, **kwargs):
-        """As Prefect's, on an executor that goes deep first and purges as it goes."""
-        run = _new_run(self.flow, executor, self.logger)
-        if not isinstance(executor, DSExecutor):
-            self._warn_if_nothing_is_stored(kwargs)
-        state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
-        message = run.conflict if run else _check_claims(_with_children(state.result))
-        if message and state.is_finished():
-            self.logger.error(message)
-            state = self.handle_state_change(state, Failed(message, result=state.result))
-        return state
-
-    def _warn_if_nothing_is_stored(self, arguments):
-        if checkpoint_handler in (arguments.get("task_runner_state_handlers") or ()):
+    def tell(self, look):
+        """If it is time to, look how far they are, and say so."""
+        begin = time.monotonic()
+        if begin < self._next_look:
             return
-        config = prefect.context.get("config") or prefect.config
-        if prefect.context.get("checkpointing", config.flows.checkpointing):
+        self._show(look(), begin >= self._next_line)
+        end = time.monotonic()
+        pause = max(self.SECONDS_BETWEEN_LOOKS, self.PAUSE_PER_LOOK * (end - begin))
+        self._next_look = end + pause
+
+    def close(self, look):
+        """Say where they have ended, if anything was said before."""
+        if self._bar is not None or self._has_lines:
+            self._show(look(), self._has_lines)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, counts, is_line_due):
+        total, done, others = counts
+        if not total:
             return
-        of_flow = getattr(self.flow, _STORAGE)
-        names = {
-            task.name
-            for task in self.flow.tasks
-            if _has_checkpoints(task, getattr(task, _STORAGE) or _unless_prefects(task, of_flow))
-        }
-        # In the later rounds of a flow run there are states.
-        if names and not arguments.get("task_states"):
-            self.logger.warning(
-                "Nothing is stored, and nothing is loaded, for the tasks %s: run the flow with "
-                "task_runner_state_handlers=[checkpoint_handler].",
-                ", ".join(sorted(names)),
-            )
-
-
-class DSExecutor(Executor):
-    """An `Executor` that does what `DSFlowRunner` does, where Prefect chooses the flow runner.
-
-    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
-    by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
-    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12.
-
-    Parameters
-    ----------
-    flow : prefect.Flow
-        The flow that has this executor. It may still get tasks. A copy of it needs a `DSExecutor`
-        of its own as soon as it has other tasks, edges or reference tasks.
-    executor : prefect.executors.Executor, optional
-        What runs the tasks: a `LocalExecutor` by default.
-
-    Notes
-    -----
-    `TaskRunner` and Prefect's `CloudTaskRunner` are replaced. A task runner class of your own is
-    left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
-
-    Examples
-    --------
-    >>> flow.executor = DSExecutor(flow)  # doctest: +SKIP
-    >>> flow.register(project_name="sales")  # doctest: +SKIP
-    """
-
-    def __init__(self, flow, executor=None):
-        if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
-            raise TypeError(
-                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}, as in "
-                "flow.executor = DSExecutor(flow, LocalDaskExecutor())."
-            )
-        if not _FLOW_RUNNER_MAPS:
-            raise NotImplementedError(
-                "DSExecutor needs Prefect 0.12; below, use flow.run(runner_cls=DSFlowRunner)."
-            )
-        super().__init__()
-        self.flow = flow
-        self.executor = executor or LocalExecutor()
-        self._under_way: dict = {}
-
-    def __getstate__(self):
-        return {**vars(self), "_under_way": {}}
-
-    @contextmanager
-    def start(self):
-        """Start Prefect's executor, for a run of the flow in this thread."""
-        thread = threading.get_ident()
-        outer = self._under_way.get(thread)
-        run = _new_run(self.flow, self.executor, self.logger)
-        self._under_way[thread] = _UnderWay(run or self.executor, _spread_over(self.flow), set())
-        try:
-            with self._under_way[thread].run.start():
-                yield
-        finally:
-            self._under_way[thread] = outer
-        if run and run.conflict and run.is_finished:
-            raise ValueError(run.conflict)
-
-    def submit(self, fn, *args, **kwargs):
-        """Put off a call; a task is run by a task runner that knows of checkpoints."""
-        under_way = self._under_way[threading.get_ident()]
-        if "task_runner_cls" in kwargs:
-            self._check_edges(kwargs["task"], kwargs["upstream_states"])
-            self._add_checkpoints(under_way, kwargs)
-        return under_way.run.submit(fn, *args, **kwargs)
-
-    def wait(self, futures):
-        """Run calls until these are done; return what they came to."""
-        ends = {*self.flow.terminal_tasks(), *self.flow.reference_tasks()}
-        is_end = isinstance(futures, dict) and any(isinstance(key, Task) for key in futures)
-        if is_end and not ends <= set(futures):
-            raise self._other_flow(f"does not end with {_names(ends - set(futures))}")
-        return self._under_way[threading.get_ident()].run.wait(futures)
-
-    def _check_edges(self, task, edges):
-        """Raise if this task reads something else than in the flow that is known."""
-        if task not in self.flow.tasks:
-            raise self._other_flow(f"has another task {task.name!r}")
-        known = set(self.flow.edges_to(task))
-        added = {e for e in set(edges) - known if not isinstance(e.upstream_task, Constant)}
-        if added or not known <= set(edges):
-            raise self._other_flow(f"has other edges to the task {task.name!r}")
-
-    def _other_flow(self, difference):
-        return ValueError(
-            f"This DSExecutor was made for another flow {self.flow.name!r}: the one that runs "
-            f"{difference}. A changed copy needs one of its own: flow.executor = DSExecutor(flow)."
-        )
-
-    def _add_checkpoints(self, under_way, kwargs):
-        given, context = kwargs["task_runner_cls"], kwargs["context"]
-        kwargs["task_runner_cls"] = cls = _TASK_RUNNERS.get(given, given)
-        is_cloud = _is_class(cls, CloudTaskRunner)
-        handlers = kwargs["task_runner_state_handlers"] or ()
-        if not _is_class(cls, DSTaskRunner):
-            if cls not in under_way.left_alone:
-                under_way.left_alone.add(cls)
-                base = _TASK_RUNNERS[CloudTaskRunner if is_cloud else TaskRunner]
-                self.logger.warning(
-                    "DSExecutor leaves the task runner class %s as it is: nothing is stored or "
-                    "loaded. For that, let it inherit from prefect_ds.%s.",
-                    getattr(cls, "__name__", cls), base.__name__,
-                )  # fmt: skip
-        elif not is_cloud and checkpoint_handler not in handlers:
-            kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
-        if kwargs["task"] in under_way.spread:
-            # It names the task, as flows within that inherit its context.
-            kwargs["context"] = {**context, _SPREADS: (context["flow_name"], context["task_slug"])}
-
-
-#: By what `DSExecutor` replaces Prefect's own.
-_TASK_RUNNERS = {TaskRunner: DSTaskRunner, CloudTaskRunner: _DSCloudTaskRunner}
-
-
-class _UnderWay(NamedTuple):
-    """A flow run on a `DSExecutor`."""
-
-    run: Any  # what takes the calls
-    spread: set  # tasks that are downstream of one that is computed again, if that spreads
-    left_alone: set  # task runner classes that are not ours
-
-
-def _is_class(cls, base):
-    return isinstance(cls, type) and issubclass(cls, base)
-
-
-def _names(tasks):
-    return ", ".join(sorted({task.name for task in tasks}))
-
-
-def _new_run(flow, executor, logger):
-    """What puts the flow's calls in order; None on an executor that is to do so itself."""
-    for pattern in _recompute_patterns():
-        if pattern == _OUT_OF_DATE or any(_matches(pattern, task) for task in flow.tasks):
-            continue
-        message = (
-            f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
-        )
-        if not _is_recompute_inherited():
-            raise ValueError(message)
-        logger.warning(message)
-    # Below 0.12 the context has only those parameters that were passed.
-    parameters = dict(prefect.context.get("parameters") or {})
-    for parameter in flow.parameters():
-        if not parameter.required:
-            parameters.setdefault(parameter.name, parameter.default)
-    prefect.context["parameters"] = parameters
-    backend = _backend_for(executor, logger)
-    return _Run(flow, executor, backend, logger) if backend else None
-
-
-def _is_recompute_inherited():
-    """Whether it was not said for this flow: but in the environment, or for one around it."""
-    in_environment = prefect.config.get("context", {}).get(_RECOMPUTE)
-    return _TaskRun.is_any_under_way() or prefect.context.get(_RECOMPUTE) == in_environment
-
-
-def _spread_over(flow):
-    """The tasks that are computed again since one upstream is.
-
-    States carry this, too, but not those that come from a backend.
-    """
-    patterns, found = _recompute_patterns(), set()
-    for task in flow.sorted_tasks() if patterns else ():
-        named = any(_matches(pattern, task) and _spreads(pattern, task) for pattern in patterns)
-        if named or any(edge.upstream_task in found for edge in flow.edges_to(task)):
-            found.add(task)
-    return found
-
-
-def _with_children(states):
-    states = list(states.values()) if isinstance(states, dict) else []
-    return states + [child for state in states for child in _children_of(state)]
-
-
-def _backend_for(executor, logger):
-    """Where the calls run that are meant for this executor; None if it is to run them itself."""
-    if isinstance(executor, LocalExecutor):
-        base, backend, passed_over = LocalExecutor, _Here, ["map"]
-    elif isinstance(executor, DaskExecutor):
-        base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
-    elif isinstance(executor, LocalDaskExecutor):
-        is_alone = executor.scheduler.startswith(("sync", "single"))
-        base, backend = LocalDaskExecutor, _HereByItself if is_alone else _InPool
-        passed_over = ["submit", "map", "wait"]
-    else:
-        return None
-    if issubclass(backend, _InPool) and not _FLOW_RUNNER_MAPS:
-        return None
-    kind = type(executor)
-    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
-    if own:
-        logger.warning(
-            "%s has a %s of its own, which would be passed over. So the flow runs as without "
-            "prefect_ds, and keeps all results.", kind.__name__, " and a ".join(own),
-        )  # fmt: skip
-        return None
-    return backend(executor)
+        if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
+            self._bar = tqdm(desc="mapped task runs", unit="")
+        if self._bar is not None:
+            self._bar.total, self._bar.n = total, done
+            self._bar.set_postfix(others)
+        if is_line_due:
+            self._has_lines = True
+            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+            details = ", ".join(f"{count} {name}" for name, count in others.items())
+            self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
 
 
 # The modules of the original prefect_ds, so that its import lines go on to work, under whatever
