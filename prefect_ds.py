@@ -2070,7 +2070,7 @@ def _found_message(task_runner):
 def _is_out_of_date(task_run, location):
     """Whether to run a task since its file is older than one that it was made from."""
     newest, own = task_run.newest_input, task_run.own_file
-    if newest is None or own is None or newest <= own:
+    if newest is None or own is None or newest[0] <= own[0]:
         return False
     if _OUT_OF_DATE in _recompute_patterns():
         task_run.recomputes = task_run.spreads = True

@@ -3192,6 +3192,16 @@ def test_says_what_is_out_of_date_and_computes_it_if_it_is_told_to(executor, log
         assert sum_of_ids([state.result[last].result]) == 3
 
 
+def test_what_was_written_at_the_same_time_is_not_out_of_date(log):
+    with Flow("same time") as flow:
+        first = Calls().make(**stored("z.pkl"))(1)
+        task(lambda x: x, name="second", **stored("a.pkl"))(first)
+    run(flow)
+    for name in files():
+        os.utime(name, (1, 1))
+    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
+
+
 def test_a_function_for_a_path_gets_no_frame_that_it_does_not_name(log):
     if not prefect_ds._FLOW_RUNNER_MAPS:
         pytest.skip("Below Prefect 0.12 locations are not callable.")
