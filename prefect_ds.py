@@ -782,8 +782,9 @@ def _new_file(path, storage_options, unreadable=None):
     try:
         yield partial
         _flush_to_disk(partial)
-        if os.access(path, os.R_OK):
-            shutil.copymode(path, partial)
+        with suppress(FileNotFoundError):
+            if os.access(path, os.R_OK):
+                shutil.copymode(path, partial)
         if unreadable is not None:
             _set_aside(path, storage_options, unreadable)
         _rename(partial, path)

@@ -803,10 +803,9 @@ def one_function_in_two_tasks(calls):
     making(2)()
 
 
-def one_function_with_two_separators(calls):
+def one_function_with_other_keyword_arguments(calls):
     make = storing(calls).run
-    for sep in ",;":
-        kwargs = {"write_kwargs": {"sep": sep}, "read_kwargs": {"sep": sep}}
+    for kwargs in ({}, {"read_kwargs": {"comment": "#"}}):
         task(make, name="make", **stored("out.csv", **kwargs))(1)
 
 
@@ -866,7 +865,7 @@ CLASHES.update(
         one_task_twice_with_frames,
         one_task_twice_with_large_constants,
         one_function_in_two_tasks,
-        one_function_with_two_separators,
+        one_function_with_other_keyword_arguments,
         tasks_with_other_attributes,
         two_spellings,
     )
