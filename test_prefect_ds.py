@@ -4116,37 +4116,33 @@ class BrokenClient:
 def test_an_error_takes_nothing_from_a_task_that_runs_in_another_thread(has_closure):
     client, caught, failed_there = BrokenClient(), threading.Event(), threading.Event()
 
+    def fail():
+        caught.wait(30)
+        try:
+            client.get()
+        finally:
+            threading.Timer(0.5, failed_there.set).start()
+
     def forgive(i):
         frame = pandas.DataFrame({"i": [i]})
         if i == 1:
-            caught.wait(30)
-            try:
-                client.get()
-            finally:
-                threading.Timer(0.5, failed_there.set).start()
+            fail()
         with suppress(ConnectionError):
             client.get()
         caught.set()
         failed_there.wait(30)
-        return (lambda: frame)() if has_closure else frame
-
-    def forgive_plainly(i):
-        frame = pandas.DataFrame({"i": [i]})
-        if i == 1:
-            caught.wait(30)
-            try:
-                client.get()
-            finally:
-                threading.Timer(0.5, failed_there.set).start()
-        try:
-            client.get()
-        except ConnectionError:
-            caught.set()
-        failed_there.wait(30)
         return frame
 
+    def forgive_in_a_closure(i):
+        frame = pandas.DataFrame({"i": [i]})
+        if i == 1:
+            fail()
+        with suppress(ConnectionError):
+            client.get()
+        return [caught.set(), failed_there.wait(30), (lambda: frame)()][-1]
+
     with Flow("one error") as flow:
-        result = task(forgive if has_closure else forgive_plainly, name="get").map([0, 1])
+        result = task(forgive_in_a_closure if has_closure else forgive, name="get").map([0, 1])
     executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
     good, bad = run(flow, executor=executor).result[result].map_states
     assert bad.is_failed() and isinstance(bad.result, ConnectionError)
