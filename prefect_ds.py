@@ -1111,8 +1111,9 @@ class _OnDemand:
 
     @property
     def value(self):
-        if self.source is None or self._held is not None:
-            return self._held
+        held = self._held  # Asked once: another thread may let go of it.
+        if self.source is None or held is not None:
+            return held
         asking = _who_asks()
         if asking in _HAND_ON:
             return self
