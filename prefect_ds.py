@@ -1400,9 +1400,10 @@ class PandasResult(_OnDemand, _Storage):
         return task_run.location
 
     def _fill(self, values, task_run, is_own=False):
-        is_function = callable(self.path)
-        template = _Template("" if is_function else self.path or "")
-        named = inspect.signature(self.path).parameters if is_function else template.fields
+        path: Any = self.path
+        is_function = callable(path)
+        template = _Template("" if is_function else path or "")
+        named: Any = inspect.signature(path).parameters if is_function else template.fields
         arguments = task_run.arguments(named) if task_run else {}
         # Prefect passes its whole context along: given is what differs from that.
         offered = dict(prefect.context)
@@ -1413,8 +1414,8 @@ class PandasResult(_OnDemand, _Storage):
         fields = ChainMap(*first, context.get("parameters", {}), context)
         if is_function:
             # As on Prefect's own results: what there is not, is None.
-            return _check_path(self.path(**ChainMap(fields, offered)))
-        if self.path is None:
+            return _check_path(path(**ChainMap(fields, offered)))
+        if path is None:
             raise ValueError("There is no path: give one to PandasResult, or a target to the task.")
         mapped = [e.key for e in task_run.upstream_states if e.mapped] if task_run else []
         is_child = mapped if task_run else "map_index" in context
