@@ -1229,21 +1229,28 @@ def _nothing():
 class _Again:
     """How a task run whose file was found can still take place, as far as its inputs are there."""
 
+    __slots__ = ("_class", "_task", "_handlers", "_storage", "_upstream_states", "_context")
+
     def __init__(self, task_runner, upstream_states):
-        if isinstance(task_runner, CloudTaskRunner):  # The backend has been told how it ended.
-            plain = DSTaskRunner(task=task_runner.task, state_handlers=[checkpoint_handler])
-            setattr(plain, _STORAGE, getattr(task_runner, _STORAGE))
-            task_runner = plain
-        self._task_runner: TaskRunner = task_runner
-        self._upstream_states: Dict[Edge, State] = upstream_states
-        self._context: dict = {k: v for k, v in prefect.context.items() if k != "config"}
+        is_cloud = isinstance(task_runner, CloudTaskRunner)  # The backend knows how it has ended.
+        self._class = DSTaskRunner if is_cloud else type(task_runner)
+        self._task = task_runner.task
+        self._handlers = [checkpoint_handler] if is_cloud else task_runner.state_handlers
+        self._storage = getattr(task_runner, _STORAGE)
+        self._upstream_states = upstream_states
+        # Each task run has its own copies of the dictionaries in it, some of them large.
+        self._context = {
+            name: value
+            for name, value in prefect.context.items()
+            if not isinstance(value, dict) or name == "parameters"
+        }
 
     def __call__(self, found):
+        task_runner: Any = self._class(task=self._task, state_handlers=self._handlers)
+        setattr(task_runner, _STORAGE, self._storage)
         name = self._context.get("task_full_name")
-        self._task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
-        state = self._task_runner.run(
-            upstream_states=self._upstream_states, context=dict(self._context)
-        )
+        task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
+        state = task_runner.run(upstream_states=self._upstream_states, context=dict(self._context))
         if not state.is_successful():
             raise ValueError(
                 f"{found}. The task run {name!r} took place again for that, but came to {state}. "
