@@ -1734,7 +1734,7 @@ _NOT_KEPT = {
 @pytest.mark.parametrize("rows", [300, 250_000])
 @pytest.mark.parametrize("name", _NOT_KEPT)
 def test_says_so_of_one_cell_in_the_middle_that_is_not_kept(name, rows, log):
-    if rows > 300 and name.endswith((".xlsx", ".h5")):
+    if rows > 300 and not name.endswith(".csv"):
         pytest.skip("To write it takes too long.")
     text = [f"text {n}" for n in range(rows)]
     text[150] = _NOT_KEPT[name]
