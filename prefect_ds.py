@@ -89,6 +89,7 @@ from prefect.tasks.core import collections as _prefect_collections
 from prefect.tasks.core.constants import Constant
 from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
+from prefect.utilities.logging import get_logger
 
 try:
     from tqdm import tqdm
@@ -156,8 +157,8 @@ else:
 
 
 #: Functions of Prefect that ask for results only to hand them on.
-_HAND_ON = {"run_task", "get_flow_run_state"}  # of the flow runner
-_HAND_ON |= {"__getstate__", "__sizeof__", "__eq__", "load_result", "load_cached_results"}
+_STATES_OWN = {"__getstate__", "__sizeof__", "__eq__", "load_result", "load_cached_results"}
+_HAND_ON = {"run_task", "get_flow_run_state", *_STATES_OWN}
 
 #: Functions of Prefect that look at the length of a list, and hand on its items.
 _HAND_ITEMS_ON = {"check_task_ready_to_map", "prepare_upstream_states_for_mapping"}
@@ -516,6 +517,7 @@ def _kind_of(frame, file_type):
     return (
         type(frame), type(index), index.dtype, tuple(index.names), _is_numbered(frame),
         tuple(frame.columns.names), tuple(zip(frame.columns, kinds)), len(frame) > 0,
+        repr(frame.__dict__.get("_attrs")), str(getattr(index, "freq", None)),
     )  # fmt: skip
 
 
@@ -549,6 +551,8 @@ def _sample(frame, file_type):
     index = frame.index.take([*range(length - half), *range(len(frame) - half, len(frame))])
     sample = pandas.DataFrame(cells, index=range(length) if _is_numbered(frame) else index)
     sample.columns = frame.columns
+    if "_attrs" in frame.__dict__:
+        sample.attrs = frame.attrs
     return sample
 
 
@@ -746,9 +750,14 @@ def _existing_file(path, storage_options):
         return
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, os.path.basename(path))
-        for file in _files_there(filesystem, path):
-            os.makedirs(os.path.dirname(local + file[len(path) :]), exist_ok=True)
-            _on_file(filesystem, "get_file", file, local + file[len(path) :])
+        try:
+            for file in _files_there(filesystem, path):
+                os.makedirs(os.path.dirname(local + file[len(path) :]), exist_ok=True)
+                _on_file(filesystem, "get_file", file, local + file[len(path) :])
+        except FileNotFoundError:
+            raise
+        except Exception as exc:  # Each file system has errors of its own.
+            raise OSError(errno.EIO, f"{path} cannot be fetched: {exc}") from exc
         yield local
 
 
@@ -974,7 +983,7 @@ def _modified(path, storage_options):
     """When a file was written, in seconds since 1970; None if its file system does not tell."""
     filesystem, path = _filesystem(path, storage_options)
     if filesystem is None:
-        return os.stat(path).st_mtime
+        return max((os.stat(file).st_mtime for file in _files(path)), default=None)
     with suppress(Exception):
         moment = filesystem.modified(path)
         return (
@@ -990,22 +999,22 @@ def _age(modified):
     return f", written {datetime.timedelta(seconds=max(0, int(time.time() - modified)))} ago"
 
 
-#: How the files of a type begin, and a pattern for their last 64 bytes.
+#: Patterns for how the files of a type begin, and for how they end. Text is only looked at where no
+#: reader takes it otherwise: it may have other blanks, marks, or text around it than ours.
 _ENDS: dict = {
-    "bz2": ((b"BZh",), b""),
-    "excel": ((b"PK", b"\xd0\xcf\x11\xe0"), b""),
-    "feather": ((b"ARROW1", b"FEA1"), rb"(ARROW1|FEA1)\Z"),
-    "gz": ((b"\x1f\x8b",), b""),
-    "hdf": ((b"\x89HDF\r\n\x1a\n",), b""),
-    "html": ((b"<",), rb">\s*\Z"),
-    "json": ((b"[", b"{", b'"'), rb'[\]}"]\s*\Z'),
-    "orc": ((b"ORC",), b"ORC"),
-    "parquet": ((b"PAR1", b"PARE"), rb"PAR[1E]\Z"),
-    "pickle": ((b"\x80",), rb"\.\Z"),
-    "xml": ((b"<",), rb">\s*\Z"),
-    "xz": ((b"\xfd7zXZ",), rb"YZ\Z"),
-    "zip": ((b"PK",), rb"PK\x05\x06"),
-    "zst": ((b"\x28\xb5\x2f\xfd",), b""),
+    "bz2": (b"BZh", b""),
+    "excel": (b"PK|\xd0\xcf\x11\xe0", b""),
+    "feather": (b"ARROW1|FEA1", rb"(ARROW1|FEA1)\Z"),
+    "gz": (rb"\x1f\x8b", b""),
+    "hdf": (rb"(.{512})*\x89HDF\r\n\x1a\n", b""),
+    "json": (b"", rb"(^|[\]}])[\s\0]*\Z"),
+    "orc": (b"ORC", rb"ORC[\0-\xff]\Z"),
+    "parquet": (b"PAR1|PARE", rb"PAR[1E]\Z"),
+    "pickle": (b"", rb"\.\Z"),
+    "xml": (b"", rb"(^|>)[\s\0]*\Z"),
+    "xz": (rb"\xfd7zXZ", rb"YZ\Z"),
+    "zip": (b"PK", rb"PK\x05\x06"),
+    "zst": (rb"\x28\xb5\x2f\xfd", b""),
 }
 
 
@@ -1021,15 +1030,15 @@ def _check_ends(path, storage_options, kinds):
             raise EOFError("the folder is empty")
         return
     with open(path, "rb") if filesystem is None else filesystem.open(path, "rb") as file:
-        begin = file.read(16)
+        begin = file.read(4096)
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
+        file.seek(max(0, size - 4096))
         end = file.read()
-    if not begin:
+    if not begin and "json" not in kinds:  # That of no lines is empty.
         raise EOFError("the file is empty")
     for kind in kinds:
-        begins, ends = _ENDS.get(kind, ((b"",), b""))
-        if begin.lstrip().startswith(begins) and re.search(ends, end):
+        begins, ends = _ENDS.get(kind, (b"", b""))
+        if re.match(begins, begin, re.DOTALL) and re.search(ends, end):
             return
     raise ValueError(f"it does not begin and end as a file of type {kinds[0]} must")
 
@@ -1048,8 +1057,8 @@ def _identity(path, storage_options):
 
 def _set_aside(path, storage_options, unreadable):
     """Give a file that cannot be read another name, and return that; None if it is gone."""
-    if _identity(path, storage_options) != unreadable:
-        return None  # Another one has been written meanwhile.
+    if unreadable is None or _identity(path, storage_options) != unreadable:
+        return None  # It is gone, or another one has been written meanwhile.
     filesystem, path = _filesystem(path, storage_options)
     if filesystem is not None:
         return _set_aside_there(filesystem, path)
@@ -1071,6 +1080,7 @@ def _set_aside_there(filesystem, path):
     else:
         for file in _files_there(filesystem, path):
             _on_file(filesystem, "cp_file", file, aside + file[len(path) :])
+        _remove_there(filesystem, path)
     siblings = {
         p.rstrip("/").rpartition("/")[2]: p
         for p in filesystem.ls(os.path.dirname(path), detail=False)
@@ -1127,6 +1137,7 @@ class _OnDemand:
 
     def let_go(self):
         self._held = None
+        self.source.let_go()
 
     def __getstate__(self):
         # What is in a file is read where it is needed: a place travels, not a frame.
@@ -1134,12 +1145,30 @@ class _OnDemand:
 
 
 def _who_asks():
-    """The name of the function of Prefect that asks for a state's result, if it is Prefect's."""
+    """The name of the function of Prefect that asks for a state's result on our behalf, or None."""
     frame: Any = sys._getframe(2)
     while frame.f_code is State.result.fget.__code__ or frame.f_code.co_name in _INLINE:
         frame = frame.f_back
-    is_prefects = frame.f_globals.get("__name__", "").startswith("prefect.")
-    return frame.f_code.co_name if is_prefects else None
+    name = frame.f_code.co_name
+    if name not in _HAND_ON | _HAND_ITEMS_ON or not _is_prefects(frame):
+        return None
+    return name if name in _STATES_OWN or _is_for_us(frame) else None
+
+
+def _is_prefects(frame):
+    return frame.f_globals.get("__name__", "").startswith("prefect.")
+
+
+def _is_for_us(frame):
+    """Whether what is handed on goes to a `DSTaskRunner`, which knows how to read it."""
+    while _is_prefects(frame):
+        names = frame.f_locals
+        runner = names.get("self")
+        cls = names.get("task_runner_cls") or getattr(runner, "task_runner_cls", type(runner))
+        if _is_class(cls, DSTaskRunner) or isinstance(names.get("executor"), (_Run, DSExecutor)):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _INLINE = {"<listcomp>", "<genexpr>"}
@@ -1177,16 +1206,21 @@ def _at_hand(result):
 class _File:
     """A file with the frame that a task run has returned. Two who read it share what is alive."""
 
-    def __init__(self, storage, place, frame=None, again=None):
+    def __init__(self, storage, place, written, frame=None, again=None):
         self._storage: PandasResult = storage
         self._place: str = place  # its absolute path, or URL
+        #: when it was written, and where it is
+        self.written: Optional[Tuple[float, str]] = written
         self._again: Optional[_Again] = again
         self.was_read: bool = False
+        #: whether to hold what is read until it is dropped: several children of a map read it
+        self.is_shared: bool = False
+        self._held: Any = None
         self.alive: Any = _nothing if frame is None else weakref.ref(frame)
         self._lock = threading.RLock()
 
     def __reduce__(self):
-        return _File, (self._storage, self._place)
+        return _File, (self._storage, self._place, self.written)
 
     def __repr__(self):
         return self._place
@@ -1198,16 +1232,23 @@ class _File:
                 frame = self._read()
                 self.alive = weakref.ref(frame)
                 self.was_read = True
+            self._held = frame if self.is_shared else None
         return frame
+
+    def let_go(self):
+        self._held, self.is_shared = None, False
+
+    def holds_data(self):
+        return self._held is not None
 
     def _read(self):
         options = self._storage._storage_options
         identity = _identity(self._place, options)
         try:
             return self._storage._load(self._place)
-        except ImportError:
-            raise  # The file may be as good as ever.
         except Exception as exc:
+            if not _is_damage(exc, self._place):
+                raise  # The file may be as good as ever.
             if identity != _identity(self._place, options):
                 return self._read()  # Another process has just written it.
             found = f"{self._place} cannot be read ({type(exc).__name__}: {exc})"
@@ -1220,6 +1261,19 @@ class _File:
                     "more: without the file, the task will run."
                 ) from exc
             return self._again(found)
+
+
+def _is_damage(error, path):
+    """Whether an error in reading is due to the file, and not to where and how it is read."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return True
+    # Libraries raise an OSError for what they read, too, but have no number for it.
+    if getattr(error, "errno", None):
+        return False
+    if ".pk" in path or ".pickle" in path:
+        return True  # Damaged, it may look for any module, or for any amount of memory.
+    is_call = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+    return not (is_call or isinstance(error, (ImportError, MemoryError)))
 
 
 def _nothing():
@@ -1237,7 +1291,12 @@ class _Again:
         self._task = task_runner.task
         self._handlers = [checkpoint_handler] if is_cloud else task_runner.state_handlers
         self._storage = getattr(task_runner, _STORAGE)
-        self._upstream_states = upstream_states
+        self._upstream_states = {
+            edge: upstream_state
+            if isinstance(edge.upstream_task, Constant)
+            else _without_data(upstream_state)
+            for edge, upstream_state in upstream_states.items()
+        }
         # Each task run has its own copies of the dictionaries in it, some of them large.
         self._context = {
             name: value
@@ -1251,12 +1310,26 @@ class _Again:
         name = self._context.get("task_full_name")
         task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
         state = task_runner.run(upstream_states=self._upstream_states, context=dict(self._context))
-        if not state.is_successful():
+        if not state.is_successful() or state.is_skipped():
             raise ValueError(
                 f"{found}. The task run {name!r} took place again for that, but came to {state}. "
                 "Run the flow once more: without the file, the task will run."
             )
         return state.result
+
+
+def _without_data(state):
+    """The state, if its result is in a file or small; else one whose result is gone."""
+    if state.is_mapped():
+        children = [_without_data(child) for child in state.map_states]
+        state = copy.copy(state)
+        state.map_states = children
+        results = [child._result for child in children]
+        state.result = [r if _is_unread(r) else _at_hand(r) for r in results]
+    elif _stays(state):
+        state = copy.copy(state)
+        state._result = PurgedResult
+    return state
 
 
 class _Collection:
@@ -1275,7 +1348,7 @@ class _Collection:
 
     def holds_data(self):
         return any(
-            r.source.holds_data() if _is_unread(r) and not _is_in_file(r) else not _is_in_file(r)
+            not _is_in_file(r) and (not _is_unread(r) or r.source.holds_data())
             for r in self._results.values()
         )
 
@@ -1514,7 +1587,13 @@ class PandasResult(_OnDemand, _Storage):
                 f"{type(exc).__name__}: {exc}. Use another file type, such as parquet or pickle, "
                 "or other keyword arguments."
             ) from exc
+        frequency = getattr(frame.index, "freq", None)
+        is_kept = sample is frame and getattr(restored.index, "freq", None) == frequency
         losses = _losses(sample, restored)
+        if frequency is not None and not is_kept:
+            losses[f"the frequency {frequency} of the index is lost"] = [None]
+        if frame.__dict__.get("_attrs") and restored.__dict__.get("_attrs") != frame._attrs:
+            losses["its attrs are lost"] = [None]
         if type(restored) is not type(frame):
             losses[f"a {type(frame).__name__} comes back as {type(restored).__name__}"] = [None]
         if kind:
@@ -2012,12 +2091,11 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
 
 def _storage_of(task_runner):
     """Where the result of a task goes; nowhere, if neither it nor the flow says so."""
-    storage, task = getattr(task_runner, _STORAGE), task_runner.task
-    return storage if getattr(task, _STORAGE) else _unless_prefects(task, storage)
+    return _unless_prefects(task_runner.task, getattr(task_runner, _STORAGE))
 
 
 def _unless_prefects(task, storage):
-    """Storage of a flow is for its author's tasks, not for what Prefect puts in between."""
+    """Storage is for its author's tasks, not for what Prefect puts in between and hands it to."""
     modules = ("prefect.tasks.core.", "prefect.tasks.control_flow.")
     is_prefects = type(task).__module__.startswith(modules) and not isinstance(task, FunctionTask)
     return None if is_prefects else storage
@@ -2041,6 +2119,8 @@ def _find_checkpoint(task_runner):
     """What is stored for this task run, as a result; None if it has to run."""
     storage, task_run = _storage_of(task_runner), _TaskRun.of(task_runner)
     location = _checkpoint_location(storage, task_run)
+    if not isinstance(task_runner, DSTaskRunner):
+        task_run.unreadable = None  # It may be of an earlier run of this runner.
     if task_run.recomputes or task_run.unreadable is not None:
         return None
     place, options, frame = storage._fixed(location), storage._storage_options, None
@@ -2069,12 +2149,20 @@ def _find_checkpoint(task_runner):
     if frame is not None:
         return _stored(storage, location, frame, None)
     again = _Again(task_runner, task_run.upstream_states)
-    return _stored(storage, location, None, _File(storage, place, again=again))
+    file = _File(storage, place, task_run.own_file, again=again)
+    return _stored(storage, location, None, file)
 
 
 def _found_message(task_runner):
     location = _TaskRun.of(task_runner).location
     return f"Found {location}, which is read when somebody asks for it."
+
+
+def _newest_behind(state):
+    """The newest file that a result was made from; of an item of a list, its own."""
+    if _is_in_file(state._result):
+        return state._result.source.written
+    return getattr(state, _NEWEST, None)
 
 
 def _is_out_of_date(task_run, location):
@@ -2104,7 +2192,7 @@ def _write_checkpoint(task_runner, success):
         place = storage._fixed(location)
         modified = _modified(place, storage._storage_options)
         task_run.own_file = modified and (modified, location)
-        file = _File(storage, place, frame) if gives_it_back else None
+        file = _File(storage, place, task_run.own_file, frame) if gives_it_back else None
         success.result = _stored(storage, location, frame, file)
 
 
@@ -2234,11 +2322,7 @@ class DSTaskRunner(TaskRunner):
             or prefect.context.get(_SPREADS) == _place()[::2]
         )
         task_run.recomputes = bool(matching) or task_run.spreads
-        newest = [
-            getattr(upstream_state, _NEWEST, None)
-            for edge, upstream_state in seen
-            if edge.key is not None
-        ]
+        newest = [_newest_behind(upstream) for edge, upstream in seen if edge.key is not None]
         task_run.newest_input = max(filter(None, newest), default=None)
         return state
 
@@ -2414,7 +2498,7 @@ class DSFlowRunner(FlowRunner):
         names = {
             task.name
             for task in self.flow.tasks
-            if _has_checkpoints(task, getattr(task, _STORAGE) or _unless_prefects(task, of_flow))
+            if _has_checkpoints(task, _unless_prefects(task, getattr(task, _STORAGE) or of_flow))
         }
         # In the later rounds of a flow run there are states.
         if names and not arguments.get("task_states"):
@@ -2494,6 +2578,7 @@ class DSExecutor(Executor):
         super().__init__()
         self.flow = flow
         self.executor = executor or LocalExecutor()
+        self.logger = get_logger(type(self).__name__)  # 0.12.0 gives it none.
         self._under_way: dict = {}
 
     def __getstate__(self):
@@ -2616,9 +2701,7 @@ def _has_result(state):
         return False
     if state.is_mapped() or state.is_skipped() or state._result is PurgedResult:
         return False
-    if _is_unread(state._result):
-        return not _is_in_file(state._result) and state._result.source.holds_data()
-    return True
+    return not _is_unread(state._result) or state._result.source.holds_data()
 
 
 def _drop(state, given, is_kept=False):
@@ -2667,6 +2750,11 @@ class _TaskRecord:
             or task in flow.reference_tasks()
             or _KEEP in task.tags
             or task.cache_for is not None
+        )
+        #: whether the children of a map share what it returns
+        self.is_shared: bool = any(
+            not edge.mapped and any(e.mapped for e in flow.edges_to(edge.downstream_task))
+            for edge in flow.edges_from(task)
         )
         #: whether its results stay; with a file, they stay there
         self.is_kept: bool = is_kept
@@ -3040,6 +3128,8 @@ class _Run:
 
     def _finish(self, call, outcome):
         call.value = outcome
+        if call.record is not None and call.record.is_shared and call.index == -1:
+            _share(outcome)
         call.done, call.piece = True, None
         children = [c for c in _children_of(outcome) if isinstance(c, _Call)]
         if children:
@@ -3125,6 +3215,11 @@ _UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
 
 #: The arguments that no two calls have in common.
 _OWN_KEYWORDS = {"state", "context", "is_mapped_parent", *_UPSTREAM_KEYWORDS}
+
+
+def _share(outcome):
+    if isinstance(outcome, State) and _is_in_file(outcome._result):
+        outcome._result.source.is_shared = True
 
 
 def _difference(new, common):
