@@ -731,7 +731,10 @@ def _on_file(filesystem, command, *paths):
             getattr(filesystem, command)(*paths)
             return
     # Old releases of fsspec have only `get`, or only `rm`, and take names literally.
-    getattr(filesystem, command.partition("_")[0])(*paths)
+    try:
+        getattr(filesystem, command.partition("_")[0])(*paths)
+    except KeyError as exc:  # of "memory://"
+        raise FileNotFoundError(paths[0]) from exc
 
 
 def _exists(path, storage_options):
