@@ -2855,7 +2855,7 @@ def test_reads_only_what_a_task_that_runs_asks_for(executor, run_by, log):
 @pytest.mark.parametrize("executor", ["local", "threads", "dask"])
 def test_any_stored_flow_opens_only_what_it_must(executor, log):
     first_seed = int(os.environ.get("PREFECT_DS_SEED", 0))
-    for seed in range(first_seed, first_seed + max(2, _EXAMPLES // 2)):
+    for seed in range(first_seed, first_seed + max(2, _EXAMPLES // 4)):
         os.mkdir(str(seed))
         os.chdir(str(seed))
         dice = random.Random(seed)
