@@ -5240,6 +5240,11 @@ def is_set_up_for(backend, process):
         return is_other and process.environ().get("PREFECT__SERVER__PORT") == backend.port
 
 
+def heed_interrupts():
+    """What a shell runs in the background ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def execute(backend, flow_run_id, timeout=60):
     """Execute a flow run in a process of its own, as agents do; return the state it has then."""
     environment = backend.environment(
@@ -5250,7 +5255,7 @@ def execute(backend, flow_run_id, timeout=60):
     )
     done = subprocess.run(
         prefect_cli("execute", "flow-run" if HAS_EXECUTORS else "cloud-flow"),
-        env=environment, timeout=timeout,
+        env=environment, timeout=timeout, preexec_fn=heed_interrupts,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     print(done.stdout.decode())
@@ -5634,7 +5639,7 @@ SLEEP = """
     @task
     def sleep(i):
         note("sleep", i)
-        for _ in range(3000):
+        for _ in range(1500):
             time.sleep(0.1)
 
     with Flow("sleep") as flow:
@@ -5666,7 +5671,7 @@ def test_cancelling_ends_what_runs(executing, executor, backend):
 
     with executing(backend) as execute, concurrent.futures.ThreadPoolExecutor(1) as pool:
         cancelled = pool.submit(cancel)
-        final = execute(backend, flow_run_id, timeout=200)  # Machines may be busy.
+        final = execute(backend, flow_run_id, timeout=100)  # Machines may be busy.
         cancelled.result()
     assert type(final) is state.Cancelled
 
