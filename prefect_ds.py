@@ -3177,6 +3177,8 @@ class _Run:
                 if not record.reading:
                     # What is left over if another map over which it goes is shorter.
                     self._release(upstream.calls[len(record.calls) :])
+            elif _flattens(edge) and len(upstream.calls) > 1:
+                pass  # In each round, Prefect asks all children for their lengths.
             elif not record.reading:
                 upstream.claims -= 1
                 self._release(upstream.calls)
