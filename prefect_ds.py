@@ -764,6 +764,10 @@ def _existing_file(path, storage_options):
         yield local
 
 
+#: While one file takes the place of another, a second writer in this process would find neither.
+_appears_lock = threading.Lock()
+
+
 @contextmanager
 def _new_file(path, storage_options, unreadable=None):
     """A local path under which pandas can write what then appears, whole, at `path`.
@@ -794,12 +798,13 @@ def _new_file(path, storage_options, unreadable=None):
     try:
         yield partial
         _flush_to_disk(partial)
-        with suppress(FileNotFoundError):
-            if os.access(path, os.R_OK):
-                shutil.copymode(path, partial)
-        if unreadable is not None:
-            _set_aside(path, storage_options, unreadable)
-        _rename(partial, path)
+        with _appears_lock:
+            with suppress(FileNotFoundError):
+                if os.access(path, os.R_OK):
+                    shutil.copymode(path, partial)
+            if unreadable is not None:
+                _set_aside(path, storage_options, unreadable)
+            _rename(partial, path)
     finally:
         _remove(hidden)
 
@@ -846,8 +851,9 @@ def _flush_to_disk(path):
 def _remove(path):
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.remove(path)
+    else:
+        with suppress(FileNotFoundError):
+            os.remove(path)
 
 
 #: When each large folder was last searched for leftovers (`time.monotonic`).
@@ -1070,6 +1076,9 @@ def _set_aside(path, storage_options, unreadable):
     try:
         os.replace(path, aside)
     except FileNotFoundError:
+        return None
+    if _identity(aside, storage_options) != unreadable:
+        os.replace(aside, path)  # Another process has written it since we looked.
         return None
     for earlier in _earlier_asides(path, aside, os.listdir(folder)):
         _remove(os.path.join(folder, earlier))
