@@ -825,7 +825,12 @@ def rows_cluster(sizes):
 
 def rows_processes(sizes):
     count, megabytes, executor = sizes.frames * 3 // 5, 20, "LocalDaskExecutor, 2 processes"
-    taken = [fresh(processes, how, count, megabytes, patience=300) for how in WAYS]
+    taken = dict.fromkeys(WAYS)
+    # Ours and the limit take less than a second, in which anything else shows: the best of 3.
+    for how in [*WAYS, "ours", "loop", "ours", "loop"]:
+        seconds = fresh(processes, how, count, megabytes, patience=300)
+        taken[how] = min(filter(None, [taken[how], seconds]), default=None)
+    taken = taken.values()
     what = f"{count} frames of {megabytes} MB through 5 stages, {executor}"
     yield Row(what, "s", *taken, 1.5, "limit")
 

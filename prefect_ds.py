@@ -3432,7 +3432,8 @@ class _InPool(_HereByItself):
         return self._width
 
     def has_room(self, under_way):
-        return under_way < self._width
+        # One waits in front of a process, which else would wait while a message is on its way.
+        return under_way < self._width + self._is_remote
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
