@@ -393,28 +393,33 @@ def alive_in_loop(count):
     return Frames.peak
 
 
-def memory(how, count, megabytes):
+def memory(how, count, megabytes, executor="LocalExecutor"):
     """Pairs of seconds and resident MB above start, of a map or (`how="loop"`) of a loop."""
     rows = int(megabytes * 1e6 / 80)
-    flow = frames_map(count, rows)
+    if how == "loop" and executor == "LocalExecutor":
+        return sampled(partial(frames_loop, count, rows))
     if how == "loop":
-        work = partial(frames_loop, count, rows)
-    else:
-        work = partial(run, flow, how)
-        run(frames_map(1), how)  # modules that are loaded late belong to the start
-    return sampled(work)
+        with ProcessPoolExecutor(2) as pool:
+            frames_loop(2, 1, pool.map)
+            return sampled(partial(frames_loop, count, rows, pool.map))
+    with executor_named(executor) as the_executor:
+        run(frames_map(2), how, the_executor)  # modules that are loaded late belong to the start
+        return sampled(partial(run, frames_map(count, rows), how, the_executor))
 
 
 def sampled(work):
-    """Pairs of seconds and resident MB above start, while `work` runs."""
-    process = psutil.Process()
-    before, start = process.memory_info().rss, time.perf_counter()
+    """Pairs of seconds and resident MB above start, while `work` runs, of all processes."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+    def resident_now():
+        return sum(process.memory_info().rss for process in processes)
+
+    before, start = resident_now(), time.perf_counter()
     samples, has_ended = [], threading.Event()
 
     def sample():
         while not has_ended.wait(0.003):
-            resident = process.memory_info().rss - before
-            samples.append((time.perf_counter() - start, resident / 1e6))
+            samples.append((time.perf_counter() - start, (resident_now() - before) / 1e6))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -1118,7 +1123,7 @@ def install_original(folder):
 
 
 def draw(path, sizes):
-    """Resident memory over time of one flow, three ways."""
+    """Resident memory over time of one flow, three ways, in one process and on a cluster."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -1133,23 +1138,27 @@ def draw(path, sizes):
     grey = "#808080"
     pyplot.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
     pyplot.rcParams.update({name + ".color": grey for name in ("text", "xtick", "ytick")})
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    for how, label, color, style in lines:
-        samples = fresh(memory, how, sizes.frames, sizes.megabytes)
-        seconds, resident = numpy.array(samples).T
-        label += f": {resident.max() / 1000:.2f} GB in {seconds[-1]:.1f} s"
-        axes.plot(seconds, resident / 1000, color=color, linestyle=style, label=label)
-    axes.set_title(
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axes, executor in zip(both, ("LocalExecutor", "DaskExecutor, 2 processes")):
+        for how, label, color, style in lines:
+            samples = fresh(memory, how, sizes.frames, sizes.megabytes, executor)
+            seconds, resident = numpy.array(samples).T
+            label += f": {resident.max() / 1000:.2f} GB in {seconds[-1]:.1f} s"
+            axes.plot(seconds, resident / 1000, color=color, linestyle=style, label=label)
+        axes.set_title(executor, fontsize="medium")
+        axes.set_xlabel("seconds", color=grey)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        for name, spine in axes.spines.items():
+            spine.set_visible(name in ("left", "bottom"))
+            spine.set_color(grey)
+        axes.legend(loc="upper left", frameon=False)
+    both[0].set_ylabel("resident memory above start, all processes, GB", color=grey)
+    figure.suptitle(
         f"A map of {sizes.frames} DataFrames of {sizes.megabytes} MB through four stages"
     )
-    axes.set_xlabel("seconds", color=grey)
-    axes.set_ylabel("resident memory above start, GB", color=grey)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(grey)
-    axes.legend(loc="upper left", frameon=False)
+    # Room for the legend above the highest line.
+    both[0].set_ylim(top=both[0].get_ylim()[1] * 1.25)
     figure.tight_layout()
     figure.savefig(path, transparent=True)
 
