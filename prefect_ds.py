@@ -3472,6 +3472,8 @@ class _OnCluster(_InPool):
         self._threads = None  # asked once for all that is submitted in one go
         self._priority = itertools.count(1)
         yield
+        with suppress(Exception):  # Workers may have gone meanwhile.
+            self._executor.client.run(_forget_files)
 
     def workers(self):
         if self._threads is None:
@@ -3626,6 +3628,8 @@ class _Pickler(cloudpickle.CloudPickler):
         self._numbers = numbers
 
     def persistent_id(self, thing):
+        if type(thing) is _File and thing.is_shared:
+            return thing.__reduce__()[1]
         return self._numbers.get(id(thing))
 
 
@@ -3634,11 +3638,34 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._tasks = tasks
         self._found = {}
+        self.shared_files = []
 
-    def persistent_load(self, number):
-        if number not in self._found:
-            self._found[number] = pickle.loads(self._tasks[number])
-        return self._found[number]
+    def persistent_load(self, found):
+        if isinstance(found, tuple):
+            self.shared_files.append(_file_here(*found))
+            return self.shared_files[-1]
+        if found not in self._found:
+            self._found[found] = pickle.loads(self._tasks[found])
+        return self._found[found]
+
+
+#: Files that several pieces of work in this process may read, as long as one of them is held.
+_files_here: Any = weakref.WeakValueDictionary()
+
+#: Of each thread, those that its last piece may have read: with the next one it is often the same.
+_last_files: Dict[int, list] = {}
+
+
+def _file_here(storage, place, written):
+    file = _File(storage, place, written)
+    if written is not None:
+        file = _files_here.setdefault((place, written, repr(storage.read_kwargs)), file)
+    file.is_shared = True
+    return file
+
+
+def _forget_files():
+    _last_files.clear()
 
 
 @functools.lru_cache(maxsize=2)
@@ -3664,7 +3691,9 @@ def _run_on_worker(payload, work, *sources):
 def _run_work(payload, work, *sources):
     context, tasks = _load_payload(payload)
     with io.BytesIO(work) as file:
-        steps = _Unpickler(file, tasks).load()
+        unpickler = _Unpickler(file, tasks)
+        steps = unpickler.load()
+    _last_files[threading.get_ident()] = unpickler.shared_files
     return _run_steps(context, steps, sources)
 
 

@@ -129,6 +129,9 @@ EXECUTORS = {
 }
 
 on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
+on_each_that_purges = pytest.mark.parametrize(
+    "executor", ["local", *(["threads", "dask"] if PURGES_ON_DASK else [])]
+)
 
 
 @pytest.fixture(scope="module")
@@ -3073,15 +3076,40 @@ def test_an_item_of_a_stored_frame_is_nobodys_checkpoint():
         assert run(flow).result[result].result == 3
 
 
-def test_what_several_children_read_is_read_once(log, counted_tables):
+@on_each_that_purges
+def test_what_several_children_read_is_read_once(executor, log, counted_tables):
     logging.disable(logging.NOTSET)
     with Flow("shared") as flow:
         frame = task(lambda: table(), name="make", **stored("data.pkl"))()
         lengths = task(lambda i, frame: len(frame), name="len")
         result = lengths.map([1, 2, 3], unmapped(frame))
     for _ in range(2):
-        assert run(flow).result[result].result == [1, 1, 1]
-    assert files_read(log) == ["data.pkl"] and tables_alive() == 0
+        assert run(flow, executor=EXECUTORS[executor]()).result[result].result == [1, 1, 1]
+        assert tables_alive() == 0
+    # On a cluster, what is written is read again by those who need it.
+    runs_that_read = 2 if executor == "dask" else 1
+    assert files_read(log) == ["data.pkl"] * runs_that_read
+
+
+@purges_on_dask
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_each_process_reads_once_what_several_children_read(where, processes, empty_folder):
+    executor = InOnePool(processes)
+    if where == "cluster":
+        executor = dask_executor(processes=True, n_workers=2, threads_per_worker=1)
+    read_kwargs = {"converters": {"x": functools.partial(note_cell, str(empty_folder / "noted"))}}
+    with Flow("shared") as flow:
+        frame = task(lambda: FRAME, **stored("data.csv", read_kwargs=read_kwargs))()
+        numbers = task(lambda i: i).map(list(range(12)))
+        result = task(lambda i, frame: frame.x[0] + i).map(numbers, unmapped(frame))
+    Path("data.csv").write_text("x\n7\n")
+    assert run(flow, executor=executor).result[result].result == list(range(7, 19))
+    assert 1 <= len(noted()) <= 2
+
+
+def note_cell(file, cell):
+    note(cell, file)
+    return int(cell)
 
 
 def test_what_was_found_holds_nothing_that_it_was_made_from(counted_tables):
@@ -4061,7 +4089,7 @@ def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counte
     assert peak == [3] and len(alive) == 1
 
 
-@pytest.mark.parametrize("executor", ["local", *(["threads", "dask"] if PURGES_ON_DASK else [])])
+@on_each_that_purges
 def test_an_error_does_not_hold_the_frames_that_it_has_seen(executor, counted):
     @task
     def fail(part):
@@ -4571,7 +4599,7 @@ def test_a_purged_state_keeps_its_message_on_a_cluster():
     assert purged._result is PurgedResult and purged.message == "said so"
 
 
-@pytest.mark.parametrize("executor", ["local", *(["threads", "dask"] if PURGES_ON_DASK else [])])
+@on_each_that_purges
 def test_a_width_that_is_waited_for_keeps_no_frames_alive(executor, counted):
     with Flow("widths") as flow:
         parts = [load.map(list(range(10))) for _ in range(3)]
