@@ -156,8 +156,10 @@ else:
         return executor.submit(function, *args, extra_context=extra_context, priority=priority)
 
 
-#: Functions of Prefect that ask for results only to hand them on.
+#: Methods of Prefect's states that ask for their results, but not for somebody who reads them.
 _STATES_OWN = {"__getstate__", "__sizeof__", "__eq__", "load_result", "load_cached_results"}
+
+#: Functions of Prefect that ask for results only to hand them on.
 _HAND_ON = {"run_task", "get_flow_run_state", *_STATES_OWN}
 
 #: Functions of Prefect that look at the length of a list, and hand on its items.
@@ -274,7 +276,10 @@ class _Template(string.Formatter):
 
     def __init__(self, path):
         self.path = path
-        parts = list(self.parse(path))
+        try:
+            parts = list(self.parse(path))
+        except ValueError as exc:
+            raise ValueError(f"The path {path!r} is no template for str.format: {exc}.") from exc
         #: names of the fields, without attributes and items
         self.fields = sorted(
             {re.split(r"[.\[]", name)[0] for _, name, _, _ in parts if name is not None}
@@ -290,7 +295,8 @@ class _Template(string.Formatter):
         try:
             filled = self.vformat(self.path, (), values)
         except Exception as exc:
-            reason = f"the field {exc} is missing" if isinstance(exc, KeyError) else exc
+            is_missing = isinstance(exc, KeyError) and exc.args[0] in self.fields
+            reason = f"the field {exc} is missing" if is_missing else f"{type(exc).__name__}: {exc}"
             known = ", ".join(sorted(map(str, values)))
             raise ValueError(
                 f"The path {self.path!r} cannot be filled: {reason}. There are the fields: {known}."
@@ -355,10 +361,7 @@ def _check_path(path):
             f"The bucket or host of {path!r} has a field: write it out, so that no value of an "
             "argument leads to another one."
         )
-    if any(
-        name is not None and not name[:1].isidentifier()
-        for _, name, _, _ in string.Formatter().parse(path)
-    ):
+    if not all(name[:1].isidentifier() for name in _Template(path).fields):
         raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
     return path
 
@@ -478,8 +481,8 @@ def _check_file_type(file_type, path):
 #: File types that keep values by the types of their columns; others by each value's text.
 _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet", "pickle")
 
-#: Frames with up to so many cells are read back whole, to see what their file does not keep; of
-#: larger ones some rows.
+#: Frames with up to so many cells are read back whole, to see what their file does not keep. Of
+#: larger ones, and where the types of columns tell it, some rows are.
 _MAX_CELLS = 200_000
 
 _SAMPLE_ROWS = 100
@@ -593,7 +596,7 @@ def _sorts(part, file_type, found):
             yield "small", (values != 0) & (abs(values) < 1e-5)
             yield "fraction", values % 1 != 0
             long |= values * 1e4 % 1 != 0
-        for turn in range(8 if long.any() else 0):  # Not each of them changes.
+        for turn in range(8 if long.any() else 0):  # One in a few such numbers keeps its digits.
             yield turn, long & (numpy.arange(len(part)) % 8 == turn).reshape(-1, 1)
     if kind == "M":
         yield "time", (column != column.dt.normalize()).values
@@ -832,6 +835,7 @@ def _rename(partial, path):
                 if os.path.isdir(earlier):
                     os.replace(earlier, path)
                 raise
+            # Another writer's folder has come in between.
 
 
 def _files(path):
@@ -884,8 +888,6 @@ def _shortened(name):
     if len(name.encode()) <= 150:
         return name
     return f"{name.encode()[:140].decode(errors='ignore')}~{zlib.crc32(name.encode()):08x}"
-
-    # Another writer's folder has come in between.
 
 
 def _upload(filesystem, local, path):
@@ -992,7 +994,9 @@ def _modified(path, storage_options):
     """When a file was written, in seconds since 1970; None if its file system does not tell."""
     filesystem, path = _filesystem(path, storage_options)
     if filesystem is None:
-        return max((os.stat(file).st_mtime for file in _files(path)), default=None)
+        with suppress(FileNotFoundError):  # Another process has just removed it.
+            return max((os.stat(file).st_mtime for file in _files(path)), default=None)
+        return None
     with suppress(Exception):
         moment = filesystem.modified(path)
         return (
@@ -1259,11 +1263,13 @@ class _File:
         try:
             return self._storage._load(self._place)
         except Exception as exc:
-            if not _is_damage(exc, self._place):
+            if not _is_damage(exc, _check_file_type(self._storage._file_type, self._place)):
                 raise  # The file may be as good as ever.
             if identity != _identity(self._place, options):
                 return self._read()  # Another process has just written it.
             found = f"{self._place} cannot be read ({type(exc).__name__}: {exc})"
+            if isinstance(exc, FileNotFoundError):
+                found = f"{self._place} is gone"
             aside = _set_aside(self._place, options, identity)
             if aside is not None:
                 found += f", so it is now {aside}"
@@ -1275,14 +1281,14 @@ class _File:
             return self._again(found)
 
 
-def _is_damage(error, path):
+def _is_damage(error, file_type):
     """Whether an error in reading is due to the file, and not to where and how it is read."""
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return True
     # Libraries raise an OSError for what they read, too, but have no number for it.
     if getattr(error, "errno", None):
         return False
-    if ".pk" in path or ".pickle" in path:
+    if file_type == "pickle":
         return True  # Damaged, it may look for any module, or for any amount of memory.
     is_call = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
     return not (is_call or isinstance(error, (ImportError, MemoryError)))
@@ -1455,6 +1461,9 @@ class PandasResult(_OnDemand, _Storage):
             path = _check_path(path)
         if file_type is not None or isinstance(path, str):
             _check_file_type(file_type, path)
+        for name, given in [("read_kwargs", read_kwargs), ("write_kwargs", write_kwargs)]:
+            if not isinstance(given, (dict, type(None))):
+                raise TypeError(f"{name} of the path {path!r} is no dictionary: {given!r}.")
         super().__init__(path, **kwargs)
         self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
@@ -1543,8 +1552,7 @@ class PandasResult(_OnDemand, _Storage):
         """Write a frame. Return whether its file is known to give back exactly this frame.
 
         False means that something does not come back, of which there was a WARNING. True means
-        that the check has found nothing: by the types of columns where a file keeps these, else
-        by the values, of which it sees all in up to 100 rows, and else those that are suspicious.
+        that `_check` has found nothing, in the cells that it looks at.
         """
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(
@@ -1734,8 +1742,8 @@ class _TaskRun:
 
     def __init__(self, task_runner):
         self.task_runner: TaskRunner = task_runner
-        #: which task run it is; see `_place`
-        self.place: tuple = _place()
+        #: which task run it is
+        self.key: _Key = _key()
         #: what the task gets, by argument; None as long as that is not known
         self.inputs: Optional[Dict[str, Result]] = None
         #: where `inputs` come from
@@ -1781,7 +1789,7 @@ class _TaskRun:
         run = getattr(cls._in_thread, "run", None)
         if run is None or run.task_runner is not task_runner:
             run = getattr(cls._in_thread, "plain", None)
-            if run is None or run.task_runner is not task_runner or run.place != _place():
+            if run is None or run.task_runner is not task_runner or run.key != _key():
                 run = cls._in_thread.plain = cls(task_runner)
         return run
 
@@ -1790,7 +1798,7 @@ class _TaskRun:
         """The task run that is under way in this thread, if anything is known of it, or None."""
         for run in (getattr(cls._in_thread, name, None) for name in ("run", "plain")):
             # A flow that a task runs is not that task run.
-            if run is not None and run.place == _place():
+            if run is not None and run.key == _key():
                 return run
         return None
 
@@ -1813,13 +1821,12 @@ class _TaskRun:
     @property
     def origin(self):
         """Which task run of the flow this is, in words."""
-        *_, slug, full_name = self.place
-        return f"{slug} {full_name}"
+        return f"{self.key.slug} {self.key.full_name}"
 
     @property
     def started(self):
         """When the flow run has started, in words."""
-        return str(self.place[1])
+        return str(self.key.scheduled)
 
     def arguments(self, names):
         """All arguments by name, defaults included; None for those stored that are not in `names`.
@@ -1840,7 +1847,7 @@ class _TaskRun:
 
     def take(self, location):
         """Take the file for this task run; raise if it belongs to another one."""
-        *_, slug, full_name = self.place
+        slug, full_name = self.key.slug, self.key.full_name
         task = _describe_task(self.task_runner.task, slug, self.storage)
         arguments = self._describe_arguments()
         claim = _Claim(_real_path(location), full_name, slug or task, task, arguments)
@@ -1855,7 +1862,7 @@ class _TaskRun:
     def _describe_arguments(self):
         if self.inputs is None:
             return f"those of {self.origin}"
-        slug = self.place[-2]
+        slug = self.key.slug
         arguments = {k: _describe(v, f"{k} of {slug}") for k, v in self._defaults().items()}
         for edge, state in self.upstream_states.items():
             if edge.key in self.inputs:
@@ -1867,7 +1874,7 @@ class _TaskRun:
         location = _location_of(result)
         if location is not None:
             return f"stored {location}"
-        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.place[-2]}")
+        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.key.slug}")
         if upstream_state.is_mapped() or _is_unread(result):
             return origin
         index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
@@ -1887,10 +1894,19 @@ class _TaskRun:
                 setattr(state, name, value)
 
 
-def _place():
-    """Which task run of which flow run the context of this thread is that of."""
+class _Key(NamedTuple):
+    """Which task run of which flow run it is."""
+
+    flow_name: Optional[str]
+    scheduled: Any  # when the flow run was to start
+    slug: Optional[str]  # of the task
+    full_name: Optional[str]  # of the task, with its index if it is mapped
+
+
+def _key():
+    """That of the task run that the context of this thread is of."""
     names = ("flow_name", "scheduled_start_time", "task_slug", "task_full_name")
-    return tuple(map(prefect.context.get, names))
+    return _Key(*map(prefect.context.get, names))
 
 
 # Which file belongs to which task run --------------------------------------------------------
@@ -1973,16 +1989,16 @@ class _Claim(NamedTuple):
     """That a file belongs to a task run. On states it is a plain tuple, also in a pickle."""
 
     file: str  # its `_real_path`
-    name: str  # of the task run
+    name: Optional[str]  # of the task run
     slug: str  # of the task in its flow
     task: str  # the same for tasks that do the same
     arguments: str  # the same for equal ones
 
 
 #: What is known, by subject, of each flow run that is under way in this process.
+#: "claims": by file, the origin of a task run and its claim. "out of date": slugs of tasks.
 _known: dict = {}
 
-#: "claims": by file, the origin of a task run and its claim. "out of date": slugs of tasks.
 _claims_lock = threading.Lock()
 
 
@@ -2015,15 +2031,18 @@ def _conflict(earlier, later):
     is_same_task = earlier.slug == later.slug or earlier.task == later.task
     if is_same_task and earlier.arguments == later.arguments:
         return None
+    first, second, advice = earlier.name, later.name, "an argument, or {task_name}"
+    if first == second:
+        first, second, advice = earlier.slug, later.slug, "an argument that differs"
     return (
-        f"The file {earlier.file} belongs to the task run {earlier.name!r} of this flow run. The "
-        f"task run {later.name!r} has the same path, but is not the same task with the same "
-        "arguments. Put into the path what tells them apart: an argument, or {task_name}."
+        f"The file {earlier.file} belongs to the task run {first!r} of this flow run. The "
+        f"task run {second!r} has the same path, but is not the same task with the same "
+        f"arguments. Put into the path what tells them apart: {advice}."
     )
 
 
 def _check_claims(states):
-    """Look for a file that belongs to two task runs.
+    """Set aside each file that belongs to two task runs: it may hold the result of either.
 
     Parameters
     ----------
@@ -2036,11 +2055,14 @@ def _check_claims(states):
         What to say, if there is one.
     """
     claims: Dict[str, _Claim] = {}
+    messages: Dict[str, str] = {}
     for claim in (_Claim(*getattr(state, _CLAIM)) for state in states if hasattr(state, _CLAIM)):
-        message = _conflict(claims.setdefault(claim.file, claim), claim)
-        if message:
-            return message
-    return None
+        file, message = claim.file, _conflict(claims.setdefault(claim.file, claim), claim)
+        if message and file not in messages:
+            aside = None if _is_url(file) else _set_aside(file, {}, _identity(file, {}))
+            remedy = f"It is now {aside}" if aside else "Delete it"
+            messages[file] = f"{message} {remedy}, since it may hold the result of either."
+    return " ".join(messages.values()) or None
 
 
 # A task whose file is there is not run -------------------------------------------------------
@@ -2090,7 +2112,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
         if old_state.is_pending() and new_state.is_running():
             result = _find_checkpoint(task_runner)
             if result is not None:
-                new_state = Success(_found_message(task_runner), result=result)
+                new_state = Success(_found_message(task_runner, result), result=result)
                 setattr(new_state, _FOUND, True)
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
             _write_checkpoint(task_runner, new_state)
@@ -2165,9 +2187,9 @@ def _find_checkpoint(task_runner):
     return _stored(storage, location, None, file)
 
 
-def _found_message(task_runner):
-    location = _TaskRun.of(task_runner).location
-    return f"Found {location}, which is read when somebody asks for it."
+def _found_message(task_runner, result):
+    when = ", which is read when somebody asks for it" if _is_unread(result) else ""
+    return f"Found {_TaskRun.of(task_runner).location}{when}."
 
 
 def _newest_behind(state):
@@ -2185,7 +2207,7 @@ def _is_out_of_date(task_run, location):
     if _OUT_OF_DATE in _recompute_patterns():
         task_run.recomputes = task_run.spreads = True
         return True
-    said, task = _known_of_flow_run("out of date"), task_run.place[-2]
+    said, task = _known_of_flow_run("out of date"), task_run.key.slug
     if task not in said:
         said[task] = True
         task_run.storage.logger.warning(
@@ -2203,6 +2225,7 @@ def _write_checkpoint(task_runner, success):
         gives_it_back = storage._save(frame, location) and _KEEP not in task_runner.task.tags
         place = storage._fixed(location)
         modified = _modified(place, storage._storage_options)
+        gives_it_back &= modified is not None or _is_url(place)
         task_run.own_file = modified and (modified, location)
         file = _File(storage, place, task_run.own_file, frame) if gives_it_back else None
         success.result = _stored(storage, location, frame, file)
@@ -2231,7 +2254,12 @@ _OUT_OF_DATE = "out-of-date"
 def _recompute_patterns():
     patterns = prefect.context.get(_RECOMPUTE) or ()
     if isinstance(patterns, str):
-        patterns = map(str.strip, patterns.split(","))
+        patterns = list(map(str.strip, patterns.split(",")))
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"recompute={patterns!r} names no tasks. It takes their names, separated by commas or "
+            "in a list, as in recompute='load+'; '*' is the whole flow."
+        )
     return [pattern for pattern in patterns if pattern]
 
 
@@ -2309,7 +2337,7 @@ class DSTaskRunner(TaskRunner):
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what the upstream states say about this run."""
         task_run = _TaskRun.of(self)
-        task_run.place = _place()
+        task_run.key = _key()
         for upstream_state in upstream_states.values():
             _hang_in(upstream_state)
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
@@ -2331,7 +2359,7 @@ class DSTaskRunner(TaskRunner):
         task_run.spreads = (
             any(_spreads(p, self.task) for p in matching)
             or any(getattr(upstream, _SPREADS, None) == task_run.started for _, upstream in seen)
-            or prefect.context.get(_SPREADS) == _place()[::2]
+            or prefect.context.get(_SPREADS) == (_key().flow_name, _key().slug)
         )
         task_run.recomputes = bool(matching) or task_run.spreads
         newest = [_newest_behind(upstream) for edge, upstream in seen if edge.key is not None]
@@ -2356,7 +2384,7 @@ class DSTaskRunner(TaskRunner):
             except Exception as exc:
                 raise ENDRUN(self.handle_state_change(state, _failed(self, exc))) from exc
             if result is not None:
-                cached = Cached(_found_message(self), result=result)
+                cached = Cached(_found_message(self, result), result=result)
                 return self.handle_state_change(state, cached)
         return self.check_task_is_cached(state, inputs) if recomputes else state
 
@@ -2690,6 +2718,10 @@ def _backend_for(executor, logger):
         base, backend = LocalDaskExecutor, _HereByItself if is_alone else _InPool
         passed_over = ["submit", "map", "wait"]
     else:
+        logger.warning(
+            "Of the executor %s nothing is known. So it runs the flow by itself, as without "
+            "prefect_ds, and keeps all results.", type(executor).__name__,
+        )  # fmt: skip
         return None
     if issubclass(backend, _InPool) and not _FLOW_RUNNER_MAPS:
         return None

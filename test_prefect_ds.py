@@ -1046,6 +1046,50 @@ def test_a_file_of_two_task_runs_in_processes_fails_the_flow(processes, empty_fo
     assert run(flow, executor=InOnePool(processes)).is_successful()
 
 
+@purges_on_dask
+def test_a_file_of_two_task_runs_is_set_aside_in_the_end(empty_folder):
+    path = str(empty_folder / "out.csv")
+    started = str(empty_folder / "noted-")
+
+    def make(name, id):
+        # Each runs in a process of its own, and both have looked for the file before it is there.
+        def made():
+            Path(started + name).touch()
+            wait_until(lambda: all(os.path.exists(started + n) for n in "ab"))
+            return pandas.DataFrame({"x": [id]})
+
+        return task(made, name=name, **stored(path))()
+
+    with Flow("two") as flow:
+        make("a", 1), make("b", 2)
+    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
+    message = run(flow, executor=executor).message
+    aside = re.search(r"It is now (.*\.unreadable-\S+), since", message).group(1)
+    assert len(pandas.read_csv(aside)) == 1 and not os.path.exists(path)
+
+
+def test_two_calls_of_one_task_with_one_path_are_told_apart():
+    with Flow("two") as flow:
+        twice = Calls().make(**stored("out.csv"))
+        first, second = twice(1), twice(2)
+    result = run(flow).result
+    (message,) = [result[t].message for t in (first, second) if result[t].is_failed()]
+    assert len(set(re.findall("task run '([^']+)'", message))) == 2
+
+
+def test_a_task_whose_file_is_gone_at_once_has_succeeded(log):
+    class OnAMovingDisk(PandasResult):
+        def _save(self, frame, location):
+            gives_it_back = super()._save(frame, location)
+            os.remove(location)
+            return gives_it_back
+
+    with Flow("gone") as flow:
+        result = Calls().make(**{STORAGE: OnAMovingDisk("data.csv")})(1)
+    state = run(flow)
+    assert state.is_successful() and int(state.result[result].result.id[0]) == 1
+
+
 def test_what_is_known_of_a_task_run_is_not_in_what_prefect_pickles():
     seen = []
 
@@ -3903,6 +3947,51 @@ def test_recomputing_a_task_that_is_not_there_is_refused():
     assert "'frist+' matches no task" in str(state.message) and "first" in str(state.message)
 
 
+@pytest.mark.parametrize("recompute", [3, True, [3]])
+def test_what_recompute_takes_is_said(recompute):
+    flow, calls = chain_of_files()
+    state = run(flow, context={"recompute": recompute})
+    assert state.is_failed() and calls == []
+    assert f"recompute={recompute!r} names no tasks" in str(state.message)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"path": "{a.csv"}, "'{a.csv' is no template for str.format"),
+        ({"path": "a.csv", "read_kwargs": "a"}, "read_kwargs of the path 'a.csv' is no dictionary"),
+        (
+            {"path": "a.csv", "write_kwargs": [1]},
+            "write_kwargs of the path 'a.csv' is no dictionary",
+        ),
+    ],
+)
+def test_storage_that_cannot_be_is_refused_with_its_path(arguments, said):
+    with pytest.raises((TypeError, ValueError), match=re.escape(said)):
+        PandasResult(**arguments)
+
+
+def test_which_item_of_a_field_is_missing_is_said():
+    with Flow("item") as flow:
+        result = Calls().make(**stored("{id[x]}.csv"))({"y": 1})
+    message = run(flow).result[result].message
+    assert "cannot be filled: KeyError: 'x'" in message and "field 'x' is missing" not in message
+
+
+def test_a_folder_named_as_a_pickle_does_not_make_its_files_pickles():
+    assert prefect_ds._is_damage(MemoryError(), "pickle")
+    assert not prefect_ds._is_damage(MemoryError(), "parquet")
+    os.mkdir("run.pkl.d")
+    path = "run.pkl.d/data.csv"
+    read_kwargs = {"converters": {"x": lambda cell: importlib.import_module("not_installed")}}
+    Path(path).write_text("x\n1\n")
+    with Flow("package") as flow:
+        frame = Calls().make(**stored(path, read_kwargs=read_kwargs))(1)
+        result = task(lambda frame: len(frame))(frame)
+    assert "not_installed" in run(flow).result[result].message
+    assert files("run.pkl.d") == ["data.csv"]
+
+
 # Results that nobody needs any more ---------------------------------------------------------
 
 #: What the tasks below have made and is still referenced.
@@ -4503,6 +4592,22 @@ def test_an_executor_that_would_be_passed_over_runs_the_flow_itself(log):
     assert run(flow, executor=executor).result[flow.total].result == 3
     assert executor.submitted > 0
     assert log(logging.WARNING).count("Own has a submit of its own") == 1
+
+
+def test_an_executor_that_is_not_known_runs_the_flow_itself(log):
+    class Other(prefect_ds.Executor):
+        def submit(self, fn, *args, **kwargs):
+            return fn(*args, **{k: v for k, v in kwargs.items() if k != "extra_context"})
+
+        def map(self, fn, *args):
+            return list(map(fn, *args))
+
+        def wait(self, futures):
+            return futures
+
+    flow = mapped(3)
+    assert run(flow, executor=Other()).result[flow.total].result == 3
+    assert log(logging.WARNING).count("Of the executor Other nothing is known") == 1
 
 
 def test_a_flow_that_cannot_begin_fails_as_prefects():
