@@ -15,10 +15,13 @@ The entry points, in the order in which data goes through them:
 `PurgedResult`
     What a dropped result is replaced with.
 
-What differs between Prefect's releases is settled in the first section. Below it, nothing asks
-for a version. Then comes what happens to a frame: how its path is filled, how pandas writes it,
-how its file appears, when it is read, and what decides whether a task runs. Then comes a flow run:
-the runner or executor that a user names, when a result may go, what runs next, and where.
+What differs between Prefect's releases is settled in the first section, by flags; below it, nothing
+asks for a version. Then comes what happens to a frame: how its path is filled, how pandas writes it
+and what gets lost by that, how its file appears, what is known of one that is there, and when it is
+read; the storage that a user names; what is noted of a task run, and whose a file is; and what
+decides whether a task runs. Then comes a flow run: the runner or executor that a user names, when a
+result may go, what runs next, and where. What this takes beside stands at the end: what Prefect's
+context costs, what errors hold, and progress.
 
 The internals of Prefect that this file relies on are listed, and held, by
 `test_touches_only_these_internals` in `test_prefect_ds.py`.
@@ -269,6 +272,7 @@ else:
 
 
 # Where a frame is stored: the template in the path -------------------------------------------
+# It is filled from what `PandasResult._fill` offers: arguments, parameters and the context.
 
 
 class _Template(string.Formatter):
@@ -1429,16 +1433,19 @@ class PandasResult(_OnDemand, _Storage):
         Which pair of pandas' `read_*` and `to_*` to use: "csv", "parquet", ... If left out, it
         follows from the extension of the path, with or without a compression (".csv.gz").
     read_kwargs, write_kwargs : dict, optional
-        Keyword arguments for pandas' reader and writer. They go before the defaults, which leave
+        Keyword arguments for pandas' reader and writer. They override the defaults, which leave
         out the index in csv, excel, html, stata and xml. `storage_options` are for fsspec.
     **kwargs
-        What Prefect's `Result` takes beside a location.
+        What Prefect's `Result` takes. `location` is another name for `path`.
 
     Raises
     ------
+    TypeError
+        If the path is no string, path or function; if keyword arguments are no dictionary.
     ValueError
-        If the file type is unknown, or if the path has no extension to tell it; if a field of
-        the path has no name; if a URL went through `pathlib`, which breaks it.
+        If the file type is unknown, or the path has no known extension to tell it; if the path is
+        no template, has a field without a name or, in a URL, a field in the bucket or host; if a
+        URL went through `pathlib`, which breaks it; below Prefect 0.11 if there is no path.
 
     Examples
     --------
@@ -1668,7 +1675,11 @@ def _task_name():
 
 
 class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
-    """The type of `PurgedResult`."""
+    """The type of `PurgedResult`, which stands for a result that was dropped.
+
+    A state's `result` is then None, and `state._result is PurgedResult`; it stays the same object
+    in a pickle. A task that would read it fails, and says so.
+    """
 
     def __eq__(self, other):
         # Where Prefect asks whether there is a result, there is none.
@@ -2031,12 +2042,14 @@ def _conflict(earlier, later):
     is_same_task = earlier.slug == later.slug or earlier.task == later.task
     if is_same_task and earlier.arguments == later.arguments:
         return None
-    first, second, advice = earlier.name, later.name, "an argument, or {task_name}"
+    first, second = repr(earlier.name), repr(later.name)
+    advice = "an argument, or {task_name}"
     if first == second:
-        first, second, advice = earlier.slug, later.slug, "an argument that differs"
+        first, second = f"{first} ({earlier.slug})", f"{second} ({later.slug})"
+        advice = "an argument that differs"
     return (
-        f"The file {earlier.file} belongs to the task run {first!r} of this flow run. The "
-        f"task run {second!r} has the same path, but is not the same task with the same "
+        f"The file {earlier.file} belongs to the task run {first} of this flow run. The task run "
+        f"{second} has the same path, but is not the same task with the same "
         f"arguments. Put into the path what tells them apart: {advice}."
     )
 
@@ -2082,17 +2095,23 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     old_state, new_state : prefect.engine.state.State
         On Pending to Running the file is looked for: if it is there, the task's state becomes
         Success, and the file is read when a task that runs, or the user through `state.result`,
-        asks for the frame (with a task runner that is not a `DSTaskRunner`, at once). If there is
-        none, the task runs; if there is one that cannot be read, this is a warning, the task
-        runs, and the file is kept beside the new one, with ".unreadable-" and the time behind
-        its name. On Running to Success the file is written.
+        asks for the frame (at once for the tag "prefect-ds:keep", and with a task runner that is
+        not a `DSTaskRunner`). If there is none, the task runs; if there is one that cannot be
+        read, this is a warning, the task runs, and the file is kept beside the new one, with
+        ".unreadable-" and the time behind its name. On Running to Success the file is written.
 
     Returns
     -------
     prefect.engine.state.State
         `new_state`; Success with what was found; or Failed, with the exception as its result,
-        if the path cannot be filled, the value is not a DataFrame, or writing fails. A Failed
-        task is retried as its `max_retries` say.
+        if the path cannot be filled or belongs to another task run, the value is not a DataFrame,
+        or the file cannot be written or not be read back. A Failed task is retried as its
+        `max_retries` say.
+
+    Raises
+    ------
+    TypeError
+        If it is among the state handlers of a task or a flow.
 
     Examples
     --------
@@ -2298,15 +2317,19 @@ def _spread_over(flow):
 class DSTaskRunner(TaskRunner):
     """A `TaskRunner` that lets the task's arguments fill the template in the path.
 
-    Plain and mapped tasks, constants, and defaults of the signature alike. It also refuses to
-    run a task on a result that was purged.
+    This holds for plain and for mapped tasks, for constants, and for defaults of the signature.
+    It also reads what a task that runs needs from files, and a task that needs a result that was
+    purged fails. It stores nothing by itself: that is for `checkpoint_handler`.
 
     `recompute` in `prefect.context` makes tasks run though their file is there, or their result
     is cached, for one run: names of tasks, with `*` for any characters, separated by commas or
     in a list. A `+` behind a name means all tasks downstream as well, unless a task is named so:
     `flow.run(context={"recompute": "load+"})`, or `PREFECT__CONTEXT__RECOMPUTE="load+"` in the
     environment; `*` is the whole flow, and `out-of-date` are all tasks whose files are older than
-    files that they were made from, with all that is downstream.
+    files that they were made from, with all that is downstream. `DSFlowRunner` and `DSExecutor`
+    refuse names that match no task.
+
+    Parameters are those of Prefect's `TaskRunner`.
 
     Examples
     --------
@@ -2480,8 +2503,10 @@ class DSFlowRunner(FlowRunner):
 
     Kept are the results that no other task reads, those of reference tasks, of tasks with the tag
     "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
-    Paused, ...) will read again. All others are replaced by `PurgedResult`. Results that come with
-    states passed in by the caller (`task_states`) are never touched.
+    Paused, ...), or has `cache_for`, will read again. Of all others, those that are in a file are
+    read from there when somebody asks for them, and the rest is replaced by `PurgedResult`.
+    Results that come with states passed in by the caller (`task_states`) are never touched. A
+    flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
 
     Parameters
     ----------
@@ -2495,7 +2520,8 @@ class DSFlowRunner(FlowRunner):
     Notes
     -----
     Results are purged on `LocalExecutor`, and from Prefect 0.12 on also on `LocalDaskExecutor`
-    and `DaskExecutor`. On other executors the flow runs as without this class.
+    and `DaskExecutor`. On other executors, and on those that override what would be passed over,
+    nothing is purged, and a warning says so.
 
     Examples
     --------
@@ -2584,15 +2610,26 @@ class DSExecutor(Executor):
 
     So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
     by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
-    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12.
+    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12, and under
+    a backend 0.12.1.
 
     Parameters
     ----------
     flow : prefect.Flow
-        The flow that has this executor. It may still get tasks. A copy of it needs a `DSExecutor`
-        of its own as soon as it has other tasks, edges or reference tasks.
+        The flow that has this executor. Tasks may still be added to it. A copy of it needs a
+        `DSExecutor` of its own as soon as it has other tasks, edges or reference tasks.
     executor : prefect.executors.Executor, optional
         What runs the tasks: a `LocalExecutor` by default.
+
+    Raises
+    ------
+    TypeError
+        If these are no flow and no executor.
+    NotImplementedError
+        Below Prefect 0.12.
+    ValueError
+        In a flow run, which Prefect reports as Failed: if the flow is another one, if a file
+        belongs to two task runs, or if `recompute` names no task.
 
     Notes
     -----
@@ -2737,6 +2774,8 @@ def _backend_for(executor, logger):
 
 
 # When a result may go ------------------------------------------------------------------------
+# It goes when the claims of its readers are given back, by `_Run._release_inputs` and, within a
+# piece of work, by `_run_steps`.
 
 
 def _has_result(state):
