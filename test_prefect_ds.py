@@ -3151,7 +3151,9 @@ def test_each_process_reads_once_what_several_children_read(where, processes, em
         executor = dask_executor(processes=True, n_workers=2, threads_per_worker=1)
     read_kwargs = {"converters": {"x": functools.partial(note_cell, str(empty_folder / "noted"))}}
     with Flow("shared") as flow:
-        frame = task(lambda: FRAME, **stored("data.csv", read_kwargs=read_kwargs))()
+        frame = task(
+            lambda: FRAME, **stored(str(empty_folder / "data.csv"), read_kwargs=read_kwargs)
+        )()
         numbers = task(lambda i: i).map(list(range(12)))
         result = task(lambda i, frame: frame.x[0] + i).map(numbers, unmapped(frame))
     Path("data.csv").write_text("x\n7\n")
