@@ -772,7 +772,8 @@ def _existing_file(path, storage_options):
 
 
 #: While one file takes the place of another, a second writer in this process would find neither.
-_appears_lock = threading.Lock()
+#: By process: one that is forked meanwhile must not wait for a thread that it does not have.
+_appears_locks: Dict[int, Any] = {}
 
 
 @contextmanager
@@ -805,7 +806,7 @@ def _new_file(path, storage_options, unreadable=None):
     try:
         yield partial
         _flush_to_disk(partial)
-        with _appears_lock:
+        with _appears_locks.setdefault(os.getpid(), threading.Lock()):
             with suppress(FileNotFoundError):
                 if os.access(path, os.R_OK):
                     shutil.copymode(path, partial)
@@ -3543,8 +3544,6 @@ class _OnCluster(_InPool):
         self._threads = None  # asked once for all that is submitted in one go
         self._priority = itertools.count(1)
         yield
-        with suppress(Exception):  # Workers may have gone meanwhile.
-            self._executor.client.run(_forget_files)
 
     def workers(self):
         if self._threads is None:
@@ -3562,7 +3561,7 @@ class _OnCluster(_InPool):
         payload, work = self._shared.dumps(context, steps)
         if self._payload is None:
             # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
-            self._payload = self._submit(_same, payload)
+            self._payload = self._submit(_payload_here, payload.pickled)
             self._executor.client.replicate([self._payload])
         extra_context = _name_together(piece.calls)
         piece.future = self._submit(
@@ -3663,10 +3662,6 @@ def _without_what_stays(outcomes):
     return digest
 
 
-def _same(payload):
-    return payload
-
-
 def _name_together(calls):
     """What the dashboard shows: names joined as Dask's `fuse` does."""
     first = calls[0].extra_context or {}
@@ -3686,7 +3681,7 @@ class _Shared:
         if self._payload is None:
             # Each piece gets tasks of its own, as with Prefect: they may change themselves.
             tasks = [cloudpickle.dumps(task) for task in self._objects]
-            self._payload = cloudpickle.dumps((context, tasks))
+            self._payload = _Payload(cloudpickle.dumps((context, tasks)))
             self._numbers = {id(task): number for number, task in enumerate(self._objects)}
         with io.BytesIO() as file:
             _Pickler(file, self._numbers).dump(steps)
@@ -3720,11 +3715,38 @@ class _Unpickler(pickle.Unpickler):
         return self._found[found]
 
 
+class _Payload:
+    """What all calls of a flow run have in common, in a process that runs some of them.
+
+    On a cluster it is there as long as the client holds it: for this flow run.
+    """
+
+    def __init__(self, pickled):
+        self.pickled: bytes = pickled
+        self._loaded: Any = None
+        #: by thread, the shared files of its last piece: with the next one, they are often the same
+        self.last_files: Dict[int, List[_File]] = {}
+
+    def __reduce__(self):
+        return _payload_here, (self.pickled,)
+
+    def load(self):
+        """The context, and pickles of the tasks."""
+        if self._loaded is None:
+            self._loaded = pickle.loads(self.pickled)
+        return self._loaded
+
+
+#: Those that are held in this process, by their pickles.
+_payloads_here: Any = weakref.WeakValueDictionary()
+
+
+def _payload_here(pickled):
+    return _payloads_here.setdefault(pickled, _Payload(pickled))
+
+
 #: Files that several pieces of work in this process may read, as long as one of them is held.
 _files_here: Any = weakref.WeakValueDictionary()
-
-#: Of each thread, those that its last piece may have read: with the next one it is often the same.
-_last_files: Dict[int, list] = {}
 
 
 def _file_here(storage, place, written):
@@ -3735,16 +3757,12 @@ def _file_here(storage, place, written):
     return file
 
 
-def _forget_files():
-    _last_files.clear()
-
-
-@functools.lru_cache(maxsize=2)
-def _load_payload(payload):
-    return pickle.loads(payload)
+#: The one of the last call in a process of a pool, which gets it with each call.
+_payload_of_pool: list = [None]
 
 
 def _run_pickled(payload, work):
+    _payload_of_pool[0] = payload
     return cloudpickle.dumps(_run_work(payload, work))
 
 
@@ -3760,11 +3778,11 @@ def _run_on_worker(payload, work, *sources):
 
 
 def _run_work(payload, work, *sources):
-    context, tasks = _load_payload(payload)
+    context, tasks = payload.load()
     with io.BytesIO(work) as file:
         unpickler = _Unpickler(file, tasks)
         steps = unpickler.load()
-    _last_files[threading.get_ident()] = unpickler.shared_files
+    payload.last_files[threading.get_ident()] = unpickler.shared_files
     return _run_steps(context, steps, sources)
 
 

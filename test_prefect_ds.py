@@ -3161,6 +3161,16 @@ def test_each_process_reads_once_what_several_children_read(where, processes, em
     assert 1 <= len(noted()) <= 2
 
 
+@purges_on_dask
+def test_workers_forget_what_children_have_shared(cluster_address, counted_tables):
+    with Flow("shared") as flow:
+        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
+        result = task(lambda i, frame: i + len(frame)).map([1, 2, 3], unmapped(frame))
+    executor = DaskExecutor(address=cluster_address)
+    assert run(flow, executor=executor).result[result].result == [2, 3, 4]
+    wait_until(lambda: not prefect_ds._files_here and not tables_alive())
+
+
 def note_cell(file, cell):
     note(cell, file)
     return int(cell)
