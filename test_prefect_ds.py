@@ -3140,7 +3140,8 @@ def test_what_several_children_read_is_read_once(executor, log, counted_tables):
         assert tables_alive() == 0
     # On a cluster, what is written is read again by those who need it.
     runs_that_read = 2 if executor == "dask" else 1
-    assert files_read(log) == ["data.pkl"] * runs_that_read
+    read = files_read(log)
+    assert set(read) == {"data.pkl"} and len(read) <= runs_that_read
 
 
 @purges_on_dask
@@ -6636,7 +6637,9 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
     # What one process puts into Prefect's cache, another one does not see.
     @given(plan=_plans(pausing, caching=name != "processes"))
     def compare(plan):
-        if is_dask and not is_comparable and plan.entry == "return_tasks":
+        # Where a task pauses, workers that are free compute children that nobody asks for yet.
+        runs_ahead = pausing and name in ("threads", "processes")
+        if is_dask and (runs_ahead or not is_comparable) and plan.entry == "return_tasks":
             plan = plan._replace(entry="FlowRunner")
         theirs = _outcomes(plan, FlowRunner, prefects)
         ours = _outcomes(plan, DSFlowRunner, executor)
