@@ -3027,8 +3027,9 @@ class _Run:
                 self._note_given(edge, upstream)
                 needed.update(dict.fromkeys(_calls_in(upstream)))
         self._connect(call, needed)
+        # The first call of a later round may have no context: it flattens what was given.
+        self._context = self._context or dict(prefect.context)
         if "context" in kwargs:
-            self._context = self._context or dict(prefect.context)
             call.context = _difference(kwargs.pop("context"), self._context)
         if "task" not in kwargs:
             call.own = kwargs

@@ -1098,6 +1098,18 @@ def test_a_task_whose_file_is_gone_at_once_has_succeeded(log):
     assert state.is_successful() and int(state.result[result].result.id[0]) == 1
 
 
+@pytest.mark.skipif(not hasattr(prefect, "flatten"), reason="Prefect has no flatten yet.")
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_what_begins_with_flattening_has_a_context(where, processes, cluster_address):
+    with Flow("later round") as flow:
+        lists = task(lambda: [[1], [2]], name="lists")()
+        result = task(lambda x: prefect.context.get("flow_name")).map(prefect.flatten(lists))
+    executor = InOnePool(processes) if where == "pool" else DaskExecutor(address=cluster_address)
+    given = {lists: Success(result=[[1], [2]])}
+    state = DSFlowRunner(flow).run(task_states=given, return_tasks=[result], executor=executor)
+    assert state.result[result].result == ["later round"] * 2
+
+
 def test_what_is_known_of_a_task_run_is_not_in_what_prefect_pickles():
     seen = []
 
