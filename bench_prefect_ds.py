@@ -1138,7 +1138,7 @@ def draw(path, sizes):
     grey = "#808080"
     pyplot.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
     pyplot.rcParams.update({name + ".color": grey for name in ("text", "xtick", "ytick")})
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 5), sharey=True)
     for axes, executor in zip(both, ("LocalExecutor", "DaskExecutor, 2 processes")):
         for how, label, color, style in lines:
             samples = fresh(memory, how, sizes.frames, sizes.megabytes, executor)
@@ -1148,17 +1148,15 @@ def draw(path, sizes):
         axes.set_title(executor, fontsize="medium")
         axes.set_xlabel("seconds", color=grey)
         axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
         for name, spine in axes.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(grey)
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    both[0].set_ylim(bottom=0)  # and of the other one
     both[0].set_ylabel("resident memory above start, all processes, GB", color=grey)
     figure.suptitle(
         f"A map of {sizes.frames} DataFrames of {sizes.megabytes} MB through four stages"
     )
-    # Room for the legend above the highest line.
-    both[0].set_ylim(top=both[0].get_ylim()[1] * 1.25)
     figure.tight_layout()
     figure.savefig(path, transparent=True)
 
