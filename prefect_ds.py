@@ -2383,7 +2383,7 @@ class DSTaskRunner(TaskRunner):
         task_run.spreads = (
             any(_spreads(p, self.task) for p in matching)
             or any(getattr(upstream, _SPREADS, None) == task_run.started for _, upstream in seen)
-            or prefect.context.get(_SPREADS) == (_key().flow_name, _key().slug)
+            or prefect.context.get(_SPREADS) == (task_run.key.flow_name, task_run.key.slug)
         )
         task_run.recomputes = bool(matching) or task_run.spreads
         newest = [_newest_behind(upstream) for edge, upstream in seen if edge.key is not None]
@@ -2996,6 +2996,8 @@ class _Run:
 
     @contextmanager
     def start(self):
+        # Not with the first call that has a context: a later round may begin by flattening.
+        self._context = dict(prefect.context)
         with self._executor.start(), self._backend.start(self._flow):
             try:
                 yield
@@ -3027,8 +3029,6 @@ class _Run:
                 self._note_given(edge, upstream)
                 needed.update(dict.fromkeys(_calls_in(upstream)))
         self._connect(call, needed)
-        # The first call of a later round may have no context: it flattens what was given.
-        self._context = self._context or dict(prefect.context)
         if "context" in kwargs:
             call.context = _difference(kwargs.pop("context"), self._context)
         if "task" not in kwargs:
@@ -3254,13 +3254,13 @@ class _Run:
             return  # Its children read.
         for edge in record.reads:
             upstream = self._records[edge.upstream_task]
-            if edge.mapped and call.index >= 0 and len(upstream.calls) > 1 and not _flattens(edge):
+            if _flattens(edge) and len(upstream.calls) > 1:
+                continue  # In each round, Prefect asks all children for their lengths.
+            if edge.mapped and call.index >= 0 and len(upstream.calls) > 1:
                 self._release(upstream.calls[call.index + 1 : call.index + 2])
                 if not record.reading:
                     # What is left over if another map over which it goes is shorter.
                     self._release(upstream.calls[len(record.calls) :])
-            elif _flattens(edge) and len(upstream.calls) > 1:
-                pass  # In each round, Prefect asks all children for their lengths.
             elif not record.reading:
                 upstream.claims -= 1
                 self._release(upstream.calls)

@@ -155,6 +155,9 @@ class InOnePool(LocalDaskExecutor):
 
 
 takes_posix = pytest.mark.skipif(os.name == "nt", reason="takes fork, setuid or SIGKILL")
+takes_flatten = pytest.mark.skipif(
+    not hasattr(prefect, "flatten"), reason="This Prefect flattens nothing."
+)
 purges_on_dask = pytest.mark.skipif(
     not PURGES_ON_DASK, reason="Below Prefect 0.12 Dask's executors run as without prefect_ds."
 )
@@ -1085,7 +1088,7 @@ def test_two_calls_of_one_task_with_one_path_are_told_apart():
     assert len(set(re.findall(r"task run 'make' \((.+?)\)", message))) == 2
 
 
-def test_a_task_whose_file_is_gone_at_once_has_succeeded(log):
+def test_a_task_whose_file_is_gone_at_once_has_succeeded():
     class OnAMovingDisk(PandasResult):
         def _save(self, frame, location):
             gives_it_back = super()._save(frame, location)
@@ -1098,7 +1101,7 @@ def test_a_task_whose_file_is_gone_at_once_has_succeeded(log):
     assert state.is_successful() and int(state.result[result].result.id[0]) == 1
 
 
-@pytest.mark.skipif(not hasattr(prefect, "flatten"), reason="Prefect has no flatten yet.")
+@takes_flatten
 @pytest.mark.parametrize("where", ["pool", "cluster"])
 def test_what_begins_with_flattening_has_a_context(where, processes, cluster_address):
     with Flow("later round") as flow:
@@ -4152,7 +4155,7 @@ def test_frames_in_processes_never_come_to_the_process_that_runs_the_flow(counte
     assert not peak, "in the process that runs the flow"
 
 
-@pytest.mark.skipif(not hasattr(prefect, "flatten"), reason="This Prefect flattens nothing.")
+@takes_flatten
 def test_a_map_that_is_flattened_is_as_wide_in_the_next_round():
     attempts.clear()
 
