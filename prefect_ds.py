@@ -2549,8 +2549,10 @@ class DSFlowRunner(FlowRunner):
         if not isinstance(executor, DSExecutor):
             self._warn_if_nothing_is_stored(kwargs)
         state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
+        if not state.is_finished():
+            return state
         message = run.conflict if run else _check_claims(_with_children(state.result))
-        if message and state.is_finished():
+        if message:
             self.logger.error(message)
             state = self.handle_state_change(state, Failed(message, result=state.result))
         return state
@@ -2674,7 +2676,7 @@ class DSExecutor(Executor):
                 yield
         finally:
             self._under_way[thread] = outer
-        if run and run.conflict and run.is_finished:
+        if run and run.conflict:
             raise ValueError(run.conflict)
 
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -2983,6 +2985,7 @@ class _Run:
         self._to_come = [self._records[task] for task in reversed(flow.sorted_tasks())]
         self._current = None  # the call that runs in this thread
         self._free = []  # calls that may run before the flow runner asks for them
+        self._given_ends: List[State] = []  # what tasks came to in earlier rounds
         self._under_way = 0
         self._context = {}  # what the contexts of all calls have in common
         self._is_reported = False  # given states come from a backend: they are nobody else's
@@ -3004,9 +3007,10 @@ class _Run:
                 self._close()
             finally:
                 self._progress.close(self._count)
-                calls = [call for record in self._records.values() for call in record.calls]
-                self.conflict = _check_claims(call.value for call in calls)
                 if self.is_finished:
+                    calls = [call for record in self._records.values() for call in record.calls]
+                    ends = [*self._given_ends, *(call.value for call in calls)]
+                    self.conflict = _check_claims(ends)
                     _forget_flow_run()
                 # A call and its record refer to each other.
                 for record in self._records.values():
@@ -3049,6 +3053,7 @@ class _Run:
         if self._current is None:
             if isinstance(futures, dict) and all(isinstance(key, Task) for key in futures):
                 # All tasks are submitted: the flow runner is about to end.
+                self._given_ends = [s for s in _with_children(futures) if isinstance(s, State)]
                 self._go_on_to(None)
                 asked = self._backend.calls_to_end_with(self._records, futures)
                 self._order.want(asked)

@@ -1071,8 +1071,14 @@ def test_a_file_of_two_task_runs_is_set_aside_in_the_end(empty_folder):
 
         return task(made, name=name, **stored(path))()
 
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def flaky():  # so that there are two rounds
+        if not os.path.exists(started + "flaky"):
+            Path(started + "flaky").touch()
+            raise ValueError("not yet")
+
     with Flow("two") as flow:
-        make("a", 1), make("b", 2)
+        make("a", 1), make("b", 2), flaky()
     executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
     message = run(flow, executor=executor).message
     aside = re.search(r"It is now (.*\.unreadable-\S+), since", message).group(1)
