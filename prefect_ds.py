@@ -2417,8 +2417,11 @@ class DSTaskRunner(TaskRunner):
         task_run = _TaskRun.of(self)
         if not task_run.recomputes:
             return super().check_task_is_cached(state, inputs=inputs)
-        # Of several results, Prefect takes the oldest one.
-        prefect.context.get("caches", {}).pop(self.task.cache_key or self.task.name, None)
+        # Of several results, Prefect takes the oldest one. The key stays: in other threads, task
+        # runners that share the dictionary may copy it just now.
+        caches, key = prefect.context.get("caches", {}), self.task.cache_key or self.task.name
+        if key in caches:
+            caches[key] = []
         if state.is_cached() and getattr(state, _RECOMPUTED, None) != task_run.started:
             return self.handle_state_change(state, Pending("Its cache is to be recomputed."))
         return state

@@ -3911,6 +3911,19 @@ def test_what_was_cached_before_is_forgotten_when_it_is_recomputed(log):
     assert looked == [1, 2, 2, 3, 3, 3] and seen == [1, 2]
 
 
+def test_the_caches_that_all_threads_share_keep_their_keys():
+    @task(name="look", **stored("looked.pkl"))
+    def look():
+        # `TaskRunner.__init__` copies this dictionary: it must not change its size meanwhile.
+        seen.append("look" in prefect.context.caches)
+        return FRAME
+
+    flow, seen = Flow("keys", tasks=[look]), []
+    run(flow)
+    assert run(flow, context={"recompute": "look"}).is_successful()
+    assert seen[-1]
+
+
 def test_recomputes_what_is_cached():
     attempts = []
 
