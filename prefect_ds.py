@@ -1232,7 +1232,8 @@ class _File:
         self._place: str = place  # its absolute path, or URL
         #: when it was written, and where it is
         self.written: Optional[Tuple[float, str]] = written
-        self._again: Optional[_Again] = again
+        #: how its task run can take place again, where that is known
+        self.again: Union[_Again, _PickledAgain, None] = again
         self.was_read: bool = False
         #: whether to hold what is read until it is dropped: several children of a map read it
         self.is_shared: bool = False
@@ -1241,7 +1242,8 @@ class _File:
         self._lock = threading.RLock()
 
     def __reduce__(self):
-        return _File, (self._storage, self._place, self.written)
+        again = self.again if isinstance(self.again, _PickledAgain) else None
+        return _File, (self._storage, self._place, self.written, None, again)
 
     def __repr__(self):
         return self._place
@@ -1278,12 +1280,12 @@ class _File:
             aside = _set_aside(self._place, options, identity)
             if aside is not None:
                 found += f", so it is now {aside}"
-            if self._again is None:
+            if self.again is None:
                 raise ValueError(
                     f"{found}. What the task was run on is not at hand here. Run the flow once "
                     "more: without the file, the task will run."
                 ) from exc
-            return self._again(found)
+            return self.again(found)
 
 
 def _is_damage(error, file_type):
@@ -1304,7 +1306,7 @@ def _nothing():
 
 
 class _Again:
-    """How a task run whose file was found can still take place, as far as its inputs are there."""
+    """How a task run that has a file can take place again, as far as its inputs are there."""
 
     __slots__ = ("_class", "_task", "_handlers", "_storage", "_upstream_states", "_context")
 
@@ -1326,6 +1328,8 @@ class _Again:
             for name, value in prefect.context.items()
             if not isinstance(value, dict) or name == "parameters"
         }
+        # What reads the file may be mapped.
+        self._context.setdefault("map_index", None)
 
     def __call__(self, found):
         task_runner: Any = self._class(task=self._task, state_handlers=self._handlers)
@@ -1339,6 +1343,36 @@ class _Again:
                 "Run the flow once more: without the file, the task will run."
             )
         return state.result
+
+
+class _PickledAgain:
+    """An `_Again` that has come with its file from the process where that was found or written."""
+
+    MAX_BYTES = 2**16
+
+    def __init__(self, pickled, tasks=None):
+        self.pickled: bytes = pickled
+        self._tasks: Any = tasks  # the `_Tasks` to load it
+
+    def __reduce__(self):
+        return _PickledAgain, (self.pickled,)
+
+    def __call__(self, found):
+        return self._tasks.loads(self.pickled)(found)
+
+
+def _pickle_again(file, tasks):
+    """Let it travel with the file, if that can be done and is small."""
+    again = file.again
+    if isinstance(again, _Again):
+        try:
+            pickled = tasks.dumps(again)
+        except Exception:  # There may be anything in a task's inputs and context.
+            pickled = None
+        is_small = pickled is not None and len(pickled) <= _PickledAgain.MAX_BYTES
+        file.again = _PickledAgain(pickled, tasks) if is_small else None
+    elif again is not None:
+        file.again = _PickledAgain(again.pickled, tasks)
 
 
 def _without_data(state):
@@ -2247,7 +2281,8 @@ def _write_checkpoint(task_runner, success):
         modified = _modified(place, storage._storage_options)
         gives_it_back &= modified is not None or _is_url(place)
         task_run.own_file = modified and (modified, location)
-        file = _File(storage, place, task_run.own_file, frame) if gives_it_back else None
+        again = _Again(task_runner, task_run.upstream_states)
+        file = _File(storage, place, task_run.own_file, frame, again) if gives_it_back else None
         success.result = _stored(storage, location, frame, file)
 
 
@@ -3534,7 +3569,10 @@ class _InPool(_HereByItself):
     def finished(self):
         for piece, future in self._arrived():
             outcomes = future.result()
-            yield piece, cloudpickle.loads(outcomes) if self._is_remote else outcomes
+            if self._is_remote:
+                outcomes = cloudpickle.loads(outcomes)
+                _give_tasks(outcomes, self._shared.tasks)
+            yield piece, outcomes
 
 
 class _OnCluster(_InPool):
@@ -3607,6 +3645,7 @@ class _OnCluster(_InPool):
                     for position, (outcome, stays) in enumerate(outcomes)
                 ]
             piece.future = None
+            _give_tasks(outcomes, self._shared.tasks)
             yield piece, outcomes
 
     def resolve(self, futures):
@@ -3682,27 +3721,58 @@ class _Shared:
     """What all calls of a flow run have in common: it is pickled once, calls only refer to it."""
 
     def __init__(self, flow):
-        self._objects = list(flow.tasks)
+        self.tasks = _Tasks(here=flow.tasks)
         self._payload = None
 
     def dumps(self, context, steps):
         """The payload, the same for all, and the pickle of these steps."""
         if self._payload is None:
-            # Each piece gets tasks of its own, as with Prefect: they may change themselves.
-            tasks = [cloudpickle.dumps(task) for task in self._objects]
-            self._payload = _Payload(cloudpickle.dumps((context, tasks)))
-            self._numbers = {id(task): number for number, task in enumerate(self._objects)}
+            self._payload = _Payload(cloudpickle.dumps((context, self.tasks.each_pickled())))
+        return self._payload, self.tasks.dumps(steps)
+
+
+class _Tasks:
+    """The tasks of a flow, to which what is pickled in a flow run refers by their numbers.
+
+    Each piece of work loads its own, as with Prefect: tasks may change themselves.
+    """
+
+    def __init__(self, pickles=(), here=()):
+        self._pickles: List[bytes] = pickles
+        self._here: Dict[int, Task] = dict(enumerate(here))
+        self.numbers: Dict[int, int] = {id(task): n for n, task in self._here.items()}
+        #: those that were in what was loaded
+        self.shared_files: List[_File] = []
+
+    def each_pickled(self):
+        return [cloudpickle.dumps(task) for task in self._here.values()]
+
+    def __getitem__(self, number):
+        if number not in self._here:
+            task = self._here[number] = pickle.loads(self._pickles[number])
+            self.numbers[id(task)] = number
+        return self._here[number]
+
+    def dumps(self, thing):
         with io.BytesIO() as file:
-            _Pickler(file, self._numbers).dump(steps)
-            return self._payload, file.getvalue()
+            _Pickler(file, self, is_nested=isinstance(thing, _Again)).dump(thing)
+            return file.getvalue()
+
+    def loads(self, pickled):
+        with io.BytesIO(pickled) as file:
+            return _Unpickler(file, self).load()
 
 
 class _Pickler(cloudpickle.CloudPickler):
-    def __init__(self, file, numbers):
+    def __init__(self, file, tasks, is_nested):
         super().__init__(file)
-        self._numbers = numbers
+        self._numbers = tasks.numbers
+        self._is_nested = is_nested
 
     def persistent_id(self, thing):
+        if type(thing) is _PickledAgain:
+            # How inputs came to be is not told, too: it would be the whole flow before them.
+            return b"" if self._is_nested else thing.pickled
         if type(thing) is _File and thing.is_shared:
             return thing.__reduce__()[1]
         return self._numbers.get(id(thing))
@@ -3712,16 +3782,14 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file, tasks):
         super().__init__(file)
         self._tasks = tasks
-        self._found = {}
-        self.shared_files = []
 
     def persistent_load(self, found):
+        if isinstance(found, bytes):
+            return _PickledAgain(found, self._tasks) if found else None
         if isinstance(found, tuple):
-            self.shared_files.append(_file_here(*found))
-            return self.shared_files[-1]
-        if found not in self._found:
-            self._found[found] = pickle.loads(self._tasks[found])
-        return self._found[found]
+            self._tasks.shared_files.append(_file_here(*found))
+            return self._tasks.shared_files[-1]
+        return self._tasks[found]
 
 
 class _Payload:
@@ -3758,8 +3826,8 @@ def _payload_here(pickled):
 _files_here: Any = weakref.WeakValueDictionary()
 
 
-def _file_here(storage, place, written):
-    file = _File(storage, place, written)
+def _file_here(storage, place, written, frame, again):
+    file = _File(storage, place, written, frame, again)
     if written is not None:
         file = _files_here.setdefault((place, written, repr(storage.read_kwargs)), file)
     file.is_shared = True
@@ -3787,12 +3855,22 @@ def _run_on_worker(payload, work, *sources):
 
 
 def _run_work(payload, work, *sources):
-    context, tasks = payload.load()
-    with io.BytesIO(work) as file:
-        unpickler = _Unpickler(file, tasks)
-        steps = unpickler.load()
-    payload.last_files[threading.get_ident()] = unpickler.shared_files
-    return _run_steps(context, steps, sources)
+    context, pickles = payload.load()
+    tasks = _Tasks(pickles)
+    steps = tasks.loads(work)
+    payload.last_files[threading.get_ident()] = tasks.shared_files
+    for source in sources:
+        _give_tasks(source, tasks)
+    outcomes = _run_steps(context, steps, sources)
+    _give_tasks(outcomes, tasks)
+    return outcomes
+
+
+def _give_tasks(outcomes, tasks):
+    """Make the task runs that are behind files ready to take place again here, and to travel."""
+    for outcome in outcomes:
+        if isinstance(outcome, State) and _is_in_file(outcome._result):
+            _pickle_again(outcome._result.source, tasks)
 
 
 def _run_steps(context, steps, sources=()):

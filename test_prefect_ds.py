@@ -3267,6 +3267,59 @@ def damage_the_middle_of(content):
     return content[:4] + b"?" * (len(content) - 8) + content[-4:]
 
 
+@contextmanager
+def two_processes(where, pool):
+    """An executor for several flow runs in the same two processes."""
+    from distributed import Client
+
+    if where == "pool":
+        yield InOnePool(pool)
+        return
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with Client(processes=True, **options) as client:
+        yield DaskExecutor(address=client.scheduler.address)
+
+
+@purges_on_dask
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_what_made_a_damaged_file_runs_again_where_it_is_read(where, processes, empty_folder):
+    def path(name):
+        return str(empty_folder / name)
+
+    def make(number):
+        note(f"make {number}", path("noted"))
+        return pandas.DataFrame({"id": [number]})
+
+    def each(frame, id):
+        note(f"each {id}", path("noted"))
+        return frame.assign(id=id)
+
+    def damage():
+        damage_the_middle(path("2.pkl")), damage_the_middle(path("other.pkl"))
+
+    with Flow("damaged") as flow:
+        made = task(make, **stored(path("made.pkl")))(1)
+        many = task(each, **stored(path("{id}.pkl"))).map(unmapped(made), [2, 3])
+        other = task(make, name="other", **stored(path("other.pkl")))(2)
+        damaged = task(lambda many, now: now and damage(), name="damage")(
+            [many, other], Parameter("now")
+        )
+        last = task(sum_of_ids, name="last")(many, upstream_tasks=[damaged])
+        look = task(lambda i, frame: int(frame.id[0]) + i, name="look")
+        looks = look.map([1, 2], unmapped(other), upstream_tasks=[unmapped(damaged)])
+    with two_processes(where, processes) as executor:
+        state = run(flow, executor=executor, parameters={"now": True})
+        assert sorted(set(noted())) == ["each 2", "each 3", "make 1", "make 2"]
+        assert noted().count("each 2") == 2 and noted().count("each 3") == 1
+        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
+        Path("noted").unlink()
+        damage()
+        state = run(flow, executor=executor, parameters={"now": False})
+        assert sorted(set(noted())) == ["each 2", "make 2"] and noted().count("each 2") == 1
+        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
+    assert len([name for name in files() if ".unreadable-" in name]) == 2
+
+
 @pytest.mark.parametrize("executor", ["local", "threads"])
 def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
     with Flow("damaged") as flow:
