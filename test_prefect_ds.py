@@ -101,6 +101,14 @@ PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
 #: Whether a flow has an executor; before, its environment has one.
 HAS_EXECUTORS = "executor" in inspect.signature(Flow.__init__).parameters
 
+#: Whether each use of Prefect's context copies the whole configuration: 10 ms per task run.
+_COPIES_CONFIG = "self.copy()" in inspect.getsource(type(prefect.context).__call__)
+
+if _COPIES_CONFIG:
+    # Nearly half of it is read by `prefect server` only.
+    for config in (prefect.config, prefect.context.config):
+        config.pop("server", None)
+
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
 
@@ -113,8 +121,23 @@ def run(flow, **kwargs):
     return flow.run(runner_cls=DSFlowRunner, **kwargs)
 
 
+@functools.lru_cache(maxsize=None)
+def shared_cluster():
+    """A cluster in this process, with two threads; one for all, as to start it takes 1 to 2 s."""
+    from distributed import LocalCluster
+
+    return LocalCluster(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def close_shared_cluster():
+    yield
+    if shared_cluster.cache_info().currsize:
+        shared_cluster().close()
+
+
 def dask_executor(**cluster):
-    """A cluster in this process, with two threads."""
+    """An executor with a cluster of its own, in this process, with two threads."""
     cluster = {"processes": False, "n_workers": 1, "threads_per_worker": 2, **cluster}
     if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
         return DaskExecutor(cluster_kwargs=dict(cluster, dashboard_address=None))
@@ -125,7 +148,7 @@ EXECUTORS = {
     "local": LocalExecutor,
     "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
     "threads": lambda: LocalDaskExecutor(scheduler="threads", num_workers=2),
-    "dask": dask_executor,
+    "dask": lambda: DaskExecutor(address=shared_cluster().scheduler_address),
 }
 
 on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
@@ -1109,11 +1132,11 @@ def test_a_task_whose_file_is_gone_at_once_has_succeeded():
 
 @takes_flatten
 @pytest.mark.parametrize("where", ["pool", "cluster"])
-def test_what_begins_with_flattening_has_a_context(where, processes, cluster_address):
+def test_what_begins_with_flattening_has_a_context(where, processes):
     with Flow("later round") as flow:
         lists = task(lambda: [[1], [2]], name="lists")()
         result = task(lambda x: prefect.context.get("flow_name")).map(prefect.flatten(lists))
-    executor = InOnePool(processes) if where == "pool" else DaskExecutor(address=cluster_address)
+    executor = InOnePool(processes) if where == "pool" else EXECUTORS["dask"]()
     given = {lists: Success(result=[[1], [2]])}
     state = DSFlowRunner(flow).run(task_states=given, return_tasks=[result], executor=executor)
     assert state.result[result].result == ["later round"] * 2
@@ -3184,12 +3207,11 @@ def test_each_process_reads_once_what_several_children_read(where, processes, em
 
 
 @purges_on_dask
-def test_workers_forget_what_children_have_shared(cluster_address, counted_tables):
+def test_workers_forget_what_children_have_shared(counted_tables):
     with Flow("shared") as flow:
         frame = task(lambda: table(), name="make", **stored("data.pkl"))()
         result = task(lambda i, frame: i + len(frame)).map([1, 2, 3], unmapped(frame))
-    executor = DaskExecutor(address=cluster_address)
-    assert run(flow, executor=executor).result[result].result == [2, 3, 4]
+    assert run(flow, executor=EXECUTORS["dask"]()).result[result].result == [2, 3, 4]
     wait_until(lambda: not prefect_ds._files_here and not tables_alive())
 
 
@@ -5061,9 +5083,7 @@ def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, i
     assert contents() == whole, f"seed {seed}"
 
 
-#: Where each task run copies the whole configuration, several times, they are few: 10 ms each.
-_COPIES_CONFIG = "self.copy()" in inspect.getsource(type(prefect.context).__call__)
-
+#: Where each task run copies the whole configuration, several times, they are few.
 RUNS = 25 if _COPIES_CONFIG else 100
 
 #: Of files that others write meanwhile, some are newer than what was made from them.
@@ -5953,7 +5973,9 @@ def run_on(executor, flow, **kwargs):
 
 
 @from_0_12
-@on_each_executor
+@pytest.mark.parametrize(
+    "executor", [*EXECUTORS.values(), dask_executor], ids=[*EXECUTORS, "own cluster"]
+)
 def test_an_executor_is_enough(executor, log):
     with Flow("enough") as flow:
         frames = write_and_note.map([1, 2])
@@ -6661,16 +6683,6 @@ def _result(task_state, is_kept):
     return repr(task_state.result)
 
 
-@pytest.fixture(scope="module")
-def cluster_address():
-    from distributed import Client
-
-    with Client(
-        processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None
-    ) as client:
-        yield client.scheduler.address
-
-
 class OwnExecutor(LocalExecutor):
     """A user's own, which is to be used."""
 
@@ -6696,7 +6708,6 @@ class OwnExecutor(LocalExecutor):
     ],
 )
 def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
-    address = request.getfixturevalue("cluster_address") if name == "cluster" else None
     pool = request.getfixturevalue("processes") if name == "processes" else None
     executor = {
         "local": LocalExecutor,
@@ -6704,7 +6715,7 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         "synchronous": lambda: LocalDaskExecutor(scheduler="synchronous"),
         "threads": lambda: LocalDaskExecutor(scheduler="threads"),
         "processes": lambda: InOnePool(pool),
-        "cluster": lambda: DaskExecutor(address=address),
+        "cluster": EXECUTORS["dask"],
     }[name]
 
     # Dask computes what is asked for. In threads, children would share Prefect's Mapped states;
