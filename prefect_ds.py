@@ -1280,12 +1280,15 @@ class _File:
             aside = _set_aside(self._place, options, identity)
             if aside is not None:
                 found += f", so it is now {aside}"
-            if self.again is None:
+            again = self.again
+            if isinstance(again, _PickledAgain):
+                again = again.load()
+            if again is None:
                 raise ValueError(
                     f"{found}. What the task was run on is not at hand here. Run the flow once "
                     "more: without the file, the task will run."
                 ) from exc
-            return self.again(found)
+            return again(found)
 
 
 def _is_damage(error, file_type):
@@ -1346,33 +1349,33 @@ class _Again:
 
 
 class _PickledAgain:
-    """An `_Again` that has come with its file from the process where that was found or written."""
+    """An `_Again` that travels with its file, from where that was found or written."""
 
     MAX_BYTES = 2**16
 
-    def __init__(self, pickled, tasks=None):
+    #: `tasks`: what the piece of work that is under way has; the client has them in the end, too
+    _in_thread = threading.local()
+
+    def __init__(self, pickled):
         self.pickled: bytes = pickled
-        self._tasks: Any = tasks  # the `_Tasks` to load it
+        self.tasks: Optional[_Tasks] = None
 
     def __reduce__(self):
         return _PickledAgain, (self.pickled,)
 
-    def __call__(self, found):
-        return self._tasks.loads(self.pickled)(found)
-
-
-def _pickle_again(file, tasks):
-    """Let it travel with the file, if that can be done and is small."""
-    again = file.again
-    if isinstance(again, _Again):
+    @classmethod
+    @contextmanager
+    def at_hand(cls, tasks):
+        cls._in_thread.tasks = tasks
         try:
-            pickled = tasks.dumps(again)
-        except Exception:  # There may be anything in a task's inputs and context.
-            pickled = None
-        is_small = pickled is not None and len(pickled) <= _PickledAgain.MAX_BYTES
-        file.again = _PickledAgain(pickled, tasks) if is_small else None
-    elif again is not None:
-        file.again = _PickledAgain(again.pickled, tasks)
+            yield
+        finally:
+            cls._in_thread.tasks = None
+
+    def load(self):
+        """The `_Again`; None if the tasks are not at hand."""
+        tasks = getattr(self._in_thread, "tasks", None) or self.tasks
+        return tasks and tasks.loads(self.pickled)
 
 
 def _without_data(state):
@@ -3560,6 +3563,13 @@ class _InPool(_HereByItself):
             future = self._pool.submit(_run_steps, context, steps)
         future.add_done_callback(lambda done: self._done.put((piece, done)))
 
+    def _here(self, outcomes):
+        """Outcomes that have come from a process, ready for whoever reads them in this one."""
+        for file in _files_of(outcomes):
+            if file.again is not None:
+                file.again.tasks = self._shared.tasks
+        return outcomes
+
     def _arrived(self):
         """Pairs of a piece and a future that is done; waits for at least one."""
         yield self._done.get()
@@ -3570,8 +3580,7 @@ class _InPool(_HereByItself):
         for piece, future in self._arrived():
             outcomes = future.result()
             if self._is_remote:
-                outcomes = cloudpickle.loads(outcomes)
-                _give_tasks(outcomes, self._shared.tasks)
+                outcomes = self._here(cloudpickle.loads(outcomes))
             yield piece, outcomes
 
 
@@ -3645,8 +3654,7 @@ class _OnCluster(_InPool):
                     for position, (outcome, stays) in enumerate(outcomes)
                 ]
             piece.future = None
-            _give_tasks(outcomes, self._shared.tasks)
-            yield piece, outcomes
+            yield piece, self._here(outcomes)
 
     def resolve(self, futures):
         # The flow runner hands on what it does not map over.
@@ -3785,7 +3793,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, found):
         if isinstance(found, bytes):
-            return _PickledAgain(found, self._tasks) if found else None
+            return _PickledAgain(found) if found else None
         if isinstance(found, tuple):
             self._tasks.shared_files.append(_file_here(*found))
             return self._tasks.shared_files[-1]
@@ -3859,18 +3867,27 @@ def _run_work(payload, work, *sources):
     tasks = _Tasks(pickles)
     steps = tasks.loads(work)
     payload.last_files[threading.get_ident()] = tasks.shared_files
-    for source in sources:
-        _give_tasks(source, tasks)
-    outcomes = _run_steps(context, steps, sources)
-    _give_tasks(outcomes, tasks)
+    with _PickledAgain.at_hand(tasks):
+        outcomes = _run_steps(context, steps, sources)
+    for file in _files_of(outcomes):
+        if isinstance(file.again, _Again):
+            file.again = _pickled_again(file.again, tasks)
     return outcomes
 
 
-def _give_tasks(outcomes, tasks):
-    """Make the task runs that are behind files ready to take place again here, and to travel."""
+def _pickled_again(again, tasks):
+    """What can travel, if it is small."""
+    with suppress(Exception):  # There may be anything in a task's inputs and context.
+        pickled = tasks.dumps(again)
+        if len(pickled) <= _PickledAgain.MAX_BYTES:
+            return _PickledAgain(pickled)
+    return None
+
+
+def _files_of(outcomes):
     for outcome in outcomes:
         if isinstance(outcome, State) and _is_in_file(outcome._result):
-            _pickle_again(outcome._result.source, tasks)
+            yield outcome._result.source
 
 
 def _run_steps(context, steps, sources=()):
