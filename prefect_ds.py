@@ -89,6 +89,7 @@ from prefect.engine.runner import ENDRUN
 from prefect.engine.state import Cached, Failed, Mapped, Pending, State, Success
 from prefect.engine.task_runner import TaskRunner
 from prefect.tasks.core import collections as _prefect_collections
+from prefect.tasks.core import operators as _prefect_operators
 from prefect.tasks.core.constants import Constant
 from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.collections import merge_dicts
@@ -1754,7 +1755,7 @@ _KEEP = "prefect-ds:keep"
 #: Which task run it is the state of: the same string in every process.
 _ORIGIN = "_prefect_ds_origin"
 
-#: Which file belongs to the task run, as `_check_claims` compares it.
+#: Which file belongs to the task run, as `_settle_claims` compares it.
 _CLAIM = "_prefect_ds_claim"
 
 #: The task was computed again, in the flow run that started at this time.
@@ -1771,7 +1772,7 @@ _FOUND = "_prefect_ds_found"
 _NEWEST = "_prefect_ds_newest"
 
 #: The result was kept for a reader that has not finished, for the next round.
-_HELD = "_prefect_ds_held"
+_FOR_NEXT_ROUND = "_prefect_ds_for_next_round"
 
 
 # What is known of the task run that is under way ---------------------------------------------
@@ -1911,8 +1912,9 @@ class _TaskRun:
     def _describe_arguments(self):
         if self.inputs is None:
             return f"those of {self.origin}"
-        slug = self.key.slug
-        arguments = {k: _describe(v, f"{k} of {slug}") for k, v in self._defaults().items()}
+        # Of tasks with one function, the defaults are the same objects.
+        task = _describe_task(self.task_runner.task, self.key.slug, self.storage)
+        arguments = {k: _describe(v, f"{k} of {task}") for k, v in self._defaults().items()}
         for edge, state in self.upstream_states.items():
             if edge.key in self.inputs:
                 arguments[edge.key] = self._describe_input(edge, state)
@@ -1929,10 +1931,17 @@ class _TaskRun:
         index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
         return _describe(result.value, origin + index)
 
+    def _describe_result(self):
+        """Where it comes from: the same string, if Prefect itself makes it of equal arguments."""
+        task = self.task_runner.task
+        if self.inputs is None or type(task).__module__ not in _PURE:
+            return self.origin
+        return f"{type(task).__qualname__} of {self._describe_arguments()}"
+
     def mark(self, state):
         """Put on its final state what others have to know."""
         marks = {
-            _ORIGIN: self.origin,
+            _ORIGIN: self.origin if state.is_mapped() else self._describe_result(),
             _CLAIM: self.claim and tuple(self.claim),
             _SPREADS: self.spreads and self.started,
             _RECOMPUTED: self.recomputes and self.started,
@@ -1972,6 +1981,9 @@ _PLAIN += (pathlib.PurePath, pandas.Period, numpy.generic)
 
 #: Of a larger collection it counts where it comes from.
 _MAX_ITEMS = 1000
+
+#: Modules with tasks that Prefect puts in where tasks are combined: `[x]`, `x[0]`, `x + 1`.
+_PURE = (_prefect_collections.__name__, _prefect_operators.__name__)
 
 #: What has been said of tasks, as they may change their attributes when they run.
 _descriptions: "weakref.WeakKeyDictionary[Task, str]" = weakref.WeakKeyDictionary()
@@ -2092,7 +2104,7 @@ def _conflict(earlier, later):
     )
 
 
-def _check_claims(states):
+def _settle_claims(states):
     """Set aside each file that belongs to two task runs: it may hold the result of either.
 
     Parameters
@@ -2527,7 +2539,7 @@ class _DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
     """The `DSTaskRunner`, with its checkpoints, that reports to Prefect Server or Cloud."""
 
     def load_results(self, state, upstream_states):
-        """As Prefect's, but only of what the task reads: for the rest nobody has a claim."""
+        """As Prefect's, but only of what the task reads: the rest is not asked for."""
         read = {edge: upstream for edge, upstream in upstream_states.items() if _is_read(edge)}
         state, loaded = super().load_results(state=state, upstream_states=read)
         return state, {**upstream_states, **loaded}
@@ -2592,7 +2604,7 @@ class DSFlowRunner(FlowRunner):
         state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
         if not state.is_finished():
             return state
-        message = run.conflict if run else _check_claims(_with_children(state.result))
+        message = run.conflict if run else _settle_claims(_with_children(state.result))
         if message:
             self.logger.error(message)
             state = self.handle_state_change(state, Failed(message, result=state.result))
@@ -2818,7 +2830,7 @@ def _backend_for(executor, logger):
 
 
 # When a result may go ------------------------------------------------------------------------
-# It goes when the claims of its readers are given back, by `_Run._release_inputs` and, within a
+# It goes when its last reader has read for good, by `_Run._release_inputs` and, within a
 # piece of work, by `_run_steps`.
 
 
@@ -2836,13 +2848,13 @@ def _drop(state, given, is_kept=False):
 
     What is in its file can be read again; other results are purged, or kept.
     """
-    if not _has_result(state) or (state is given and not getattr(state, _HELD, False)):
+    if not _has_result(state) or (state is given and not getattr(state, _FOR_NEXT_ROUND, False)):
         return
     if _is_in_file(state._result):
         state._result.let_go()
     elif not is_kept:
         state._result = PurgedResult
-        vars(state).pop(_HELD, None)
+        vars(state).pop(_FOR_NEXT_ROUND, None)
 
 
 def _is_read(edge):
@@ -2871,9 +2883,10 @@ class _TaskRecord:
 
     def __init__(self, flow, task):
         downstream = {edge.downstream_task for edge in flow.edges_from(task)}
-        readers = sum(map(_is_read, flow.edges_from(task)))
+        #: by how many edges its results are read
+        self.readers: int = sum(map(_is_read, flow.edges_from(task)))
         is_kept = (
-            not readers
+            not self.readers
             or task in flow.reference_tasks()
             or _KEEP in task.tags
             or task.cache_for is not None
@@ -2885,8 +2898,6 @@ class _TaskRecord:
         )
         #: whether its results stay; with a file, they stay there
         self.is_kept: bool = is_kept
-        #: by how many edges its results are still to be read
-        self.claims: int = readers
         #: the edges through which it reads
         self.reads: List[Edge] = [edge for edge in flow.edges_to(task) if _is_read(edge)]
         #: how many of its calls may still read
@@ -2911,7 +2922,7 @@ class _Call:
     """A call that the flow runner has submitted: a task run, or a small helper of Prefect's."""
 
     __slots__ = (
-        "number", "record", "given", "index", "claims", "function", "args", "extra_context",
+        "number", "record", "given", "index", "readers", "function", "args", "extra_context",
         "common", "own", "context", "needs", "size", "missing", "dependents", "is_wanted",
         "begun", "done", "piece", "value",
     )  # fmt: skip
@@ -2923,7 +2934,7 @@ class _Call:
         #: among the children of a mapped task; -1: the run of the task itself
         self.index: int = len(record.calls) - 1 if record else -1
         #: by how many edges its result is still to be read
-        self.claims: int = record.claims if record else 0
+        self.readers: int = record.readers if record else 0
 
         self.function = self.args = self.extra_context = None
         self.common: dict = {}  # keyword arguments that it shares with other calls of its task
@@ -3004,10 +3015,10 @@ class _Order:
 class _Run:
     """An executor that puts calls off until `wait`, and drops what nobody will read any more.
 
-    A result has as many claims as edges through which it is read. An edge gives its claim back
-    when its reader, for a mapped edge the child of the same index, has read for good. Without
-    claims, the result goes: Kedro's count of readers per dataset (`_release_datasets` of its
-    `AbstractRunner`), for calls that are not all known from the start.
+    A result has as many readers as edges through which it is read. An edge does not count any
+    more when the task run behind it, for a mapped edge the child of the same index, has read for
+    good. Without readers, the result goes: Kedro's count of readers per dataset
+    (`_release_datasets` of its `AbstractRunner`), for calls that are not all known from the start.
     """
 
     def __init__(self, flow, executor, backend, logger):
@@ -3051,7 +3062,7 @@ class _Run:
                 if self.is_finished:
                     calls = [call for record in self._records.values() for call in record.calls]
                     ends = [*self._given_ends, *(call.value for call in calls)]
-                    self.conflict = _check_claims(ends)
+                    self.conflict = _settle_claims(ends)
                     _forget_flow_run()
                 # A call and its record refer to each other.
                 for record in self._records.values():
@@ -3064,7 +3075,9 @@ class _Run:
         self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
         record = self._record_of(kwargs.get("task"))
         given = kwargs.get("state", args[0] if args else None)
-        if isinstance(given, Mapped) and any(getattr(s, _HELD, False) for s in given.map_states):
+        if isinstance(given, Mapped) and any(
+            getattr(s, _FOR_NEXT_ROUND, False) for s in given.map_states
+        ):
             given.result = None  # What the children hold: the flow runner put it there, too.
         call = self._new_call(record, given)
         call.function, call.args, call.extra_context = fn, args, extra_context
@@ -3197,7 +3210,7 @@ class _Run:
         while len(call.dependents) == 1:
             (dependent,) = call.dependents
             is_alone = self._needed_with(dependent, {call}, call) == {dependent}
-            if not is_alone or _edges_read(dependent).count(call) != call.claims:
+            if not is_alone or _edges_read(dependent).count(call) != call.readers:
                 break
             calls.append(dependent)
             call = dependent
@@ -3215,7 +3228,7 @@ class _Run:
                 ahead += new
         # What is read outside, too, would have to go there with all that is left of the others.
         inner = Counter(up for c in calls for up in _edges_read(c) if up in calls)
-        if any(number != up.claims for up, number in inner.items()):
+        if any(number != up.readers for up, number in inner.items()):
             return None
         return sorted(calls, key=lambda c: c.number)
 
@@ -3291,7 +3304,7 @@ class _Run:
         for edge, upstream in _inputs(call):
             for other in _calls_in(upstream) if edge and _is_read(edge) else ():
                 if _has_result(other.value) and _location_of(other.value._result) is None:
-                    other.claims = float("inf")
+                    other.readers = float("inf")
 
     def _release_inputs(self, call):
         record = call.record
@@ -3308,13 +3321,13 @@ class _Run:
                     # What is left over if another map over which it goes is shorter.
                     self._release(upstream.calls[len(record.calls) :])
             elif not record.reading:
-                upstream.claims -= 1
+                upstream.readers -= 1
                 self._release(upstream.calls)
 
-    def _release(self, calls, claims=1):
+    def _release(self, calls, readers=1):
         for call in calls:
-            call.claims -= claims
-            if call.done and call.claims <= 0:
+            call.readers -= readers
+            if call.done and call.readers <= 0:
                 _drop(call.value, call.given, call.record.is_kept)
 
     def _close(self):
@@ -3326,7 +3339,7 @@ class _Run:
                 _drop(call.value, call.given, record.is_kept or not self.is_finished)
                 is_own = call.value is not call.given and isinstance(call.value, State)
                 if is_own and not (self.is_finished or record.is_kept):
-                    setattr(call.value, _HELD, True)
+                    setattr(call.value, _FOR_NEXT_ROUND, True)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
@@ -3464,7 +3477,7 @@ def _steps(piece):
         args = [_replace(arg, (_Call, State), stand_in) for arg in call.args]
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
         is_kept = call.record is None or call.record.is_kept
-        steps.append((call.function, args, kwargs, call.context, call.claims, is_kept, reads))
+        steps.append((call.function, args, kwargs, call.context, call.readers, is_kept, reads))
     return steps, sources
 
 
@@ -3534,7 +3547,7 @@ class _InPool(_HereByItself):
         from dask.system import CPU_COUNT
 
         self._width = dask.config.get("num_workers", None) or CPU_COUNT
-        self._shared = _Shared(flow)
+        self._packer = _Packer(flow)
         self._is_remote = self._executor.scheduler in ("processes", "multiprocessing")
         pool = getattr(self._executor, "_pool", None)
         if isinstance(pool, concurrent.futures.Executor):
@@ -3557,7 +3570,7 @@ class _InPool(_HereByItself):
     def begin(self, piece, context):
         steps, _ = _steps(piece)
         if self._is_remote:
-            payload, work = self._shared.dumps(context, steps)
+            payload, work = self._packer.dumps(context, steps)
             future = self._pool.submit(_run_pickled, payload, work)
         else:
             future = self._pool.submit(_run_steps, context, steps)
@@ -3567,7 +3580,7 @@ class _InPool(_HereByItself):
         """Outcomes that have come from a process, ready for whoever reads them in this one."""
         for file in _files_of(outcomes):
             if file.again is not None:
-                file.again.tasks = self._shared.tasks
+                file.again.tasks = self._packer.tasks
         return outcomes
 
     def _arrived(self):
@@ -3595,7 +3608,7 @@ class _OnCluster(_InPool):
 
     @contextmanager
     def start(self, flow):
-        self._shared = _Shared(flow)
+        self._packer = _Packer(flow)
         self._payload = None
         self._threads = None  # asked once for all that is submitted in one go
         self._priority = itertools.count(1)
@@ -3614,7 +3627,7 @@ class _OnCluster(_InPool):
 
     def begin(self, piece, context):
         steps, sources = _steps(piece)
-        payload, work = self._shared.dumps(context, steps)
+        payload, work = self._packer.dumps(context, steps)
         if self._payload is None:
             # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
             self._payload = self._submit(_payload_here, payload.pickled)
@@ -3725,8 +3738,8 @@ def _name_together(calls):
     return dict(first, task_name="-".join(filter(None, names))) if len(calls) > 1 else first
 
 
-class _Shared:
-    """What all calls of a flow run have in common: it is pickled once, calls only refer to it."""
+class _Packer:
+    """Pickles pieces of work: what all calls have in common once, to which they only refer."""
 
     def __init__(self, flow):
         self.tasks = _Tasks(here=flow.tasks)
@@ -3893,12 +3906,12 @@ def _files_of(outcomes):
 def _run_steps(context, steps, sources=()):
     """Run the calls of a piece one after the other; return their outcomes."""
     outcomes: list = []
-    claims: list = []
+    readers: list = []
 
     def state_at(at):
         return (outcomes if at.source is None else sources[at.source])[at.position]
 
-    for function, args, kwargs, own_context, claimed, _, reads in steps:
+    for function, args, kwargs, own_context, readers_left, _, reads in steps:
         kwargs = dict(kwargs)
         for key in _UPSTREAM_KEYWORDS:
             if key in kwargs:
@@ -3907,12 +3920,12 @@ def _run_steps(context, steps, sources=()):
             kwargs["context"] = dict(context, **own_context)
         outcome = _run_call(function, _replace(args, _At, state_at), kwargs)
         outcomes.append(outcome)
-        claims.append(claimed)
-        given_back = reads if _has_read_for_good(outcome) else []
-        for position in given_back:
-            claims[position] -= 1
-        for position in (*given_back, len(outcomes) - 1):
-            if not claims[position]:
+        readers.append(readers_left)
+        is_read = reads if _has_read_for_good(outcome) else []
+        for position in is_read:
+            readers[position] -= 1
+        for position in (*is_read, len(outcomes) - 1):
+            if not readers[position]:
                 _, _, inputs, _, _, is_kept, _ = steps[position]
                 _drop(outcomes[position], inputs.get("state"), is_kept)
     return outcomes

@@ -310,6 +310,7 @@ INTERNALS = [
     ("prefect.tasks.core.collections.List.run", "task_results", "_COLLECTIONS"),
     ("prefect.tasks.core.collections.Tuple.run", "task_results", "_COLLECTIONS"),
     ("prefect.tasks.core.collections.Dict.run", "keys values", "_COLLECTIONS"),
+    ("prefect.tasks.core.operators.GetItem", None, "_PURE"),
     ("prefect.engine.state.State.result", None, "what a purged state shows"),
     ("prefect.engine.state.Success()._result", None, "what is purged"),
     ("prefect.engine.state.Success().cached_inputs", None, "_run_call"),
@@ -945,6 +946,27 @@ def test_a_file_belongs_to_one_task_run(build, executor):
 
 @on_local_and_threads
 def test_the_same_task_with_equal_arguments_may_share_a_file(executor):
+    anything = object()
+
+    @task(name="join", **stored("joined.csv"))
+    def join(parts, one, how=anything):
+        return pandas.concat([*parts, one])
+
+    with Flow("combined") as flow:
+        parts = task(lambda: [FRAME, FRAME], name="parts")()
+        for _ in range(2):
+            join([parts[0], parts[1]], parts[0])
+    for _ in range(2):
+        assert run(flow, executor=EXECUTORS[executor]()).is_successful()
+    with Flow("combined otherwise") as flow:
+        parts = task(lambda: [FRAME, FRAME], name="parts")()
+        join([parts[0], parts[1]], parts[0])
+        join([parts[1], parts[0]], parts[0])
+    state = run(flow, executor=EXECUTORS[executor]())
+    failures = [state for state in all_states(state) if state.is_failed()]
+    assert len(failures) == 1 and "belongs to the task run" in str(failures[0].result)
+    Path("joined.csv").unlink()
+
     with Flow("shared") as flow:
         calls = Calls()
         make = calls.make(**stored("{id}.csv"))
@@ -1056,9 +1078,9 @@ def test_states_tell_which_file_belongs_to_the_task_run(dumps):
         return [pickle.loads(c) if isinstance(c, bytes) else c for c in copies]
 
     one, other = states(mapping("{x}.csv", [1, 2])), states(mapping("{x}.csv", [3, 4]))
-    assert prefect_ds._check_claims(one + one + other) is None
+    assert prefect_ds._settle_claims(one + one + other) is None
     again = states(mapping("{x}.csv", [1], [5]))
-    message = prefect_ds._check_claims(one + other + again)
+    message = prefect_ds._settle_claims(one + other + again)
     assert os.path.realpath("1.csv") in message and "'make[0]'" in message
 
 
