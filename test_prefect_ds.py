@@ -239,7 +239,196 @@ class Calls(list):
         return make
 
 
-# What of Prefect the module relies on -------------------------------------------------------
+class Numbered:
+    def __init__(self, n):
+        self.n = n
+
+
+def failed(state, result):
+    state = state.result[result]
+    assert state.is_failed()
+    return state.result
+
+
+def storing(calls, name="make", **kwargs):
+    """A task that notes its runs in `calls` and in the frames that it returns."""
+
+    @task(name=name, **kwargs)
+    def make(x, y=None):
+        calls.append((name, type(x).__name__, len(calls)))
+        return FRAME.assign(run=" ".join(map(str, calls[-1])))
+
+    return make
+
+
+def written():
+    """The runs that are noted in the files of this folder."""
+    return [pandas.read_csv(str(path)).run[0] for path in Path().rglob("*.csv") if path.is_file()]
+
+
+EXTENSIONS = {"excel": "xlsx", "hdf": "h5", "pickle": "pkl", "stata": "dta"}
+
+
+def for_processes(**variables):
+    """The environment of processes that import this file or prefect_ds."""
+    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **variables)
+
+
+def in_another_process(call, **environment):
+    """What a function of this file prints in a process of its own, in this folder."""
+    code = "from test_prefect_ds import *; " + call
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=for_processes(**environment), timeout=300,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    for name in ("SECONDS_BETWEEN_LINES", "SECONDS_BETWEEN_LOOKS", "PAUSE_PER_LOOK"):
+        monkeypatch.setattr(prefect_ds._Progress, name, 0)
+
+
+def note(line, file="noted"):
+    """Add a line to a file: whole, whatever other threads and processes add."""
+    descriptor = os.open(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(descriptor, f"{line}\n".encode())
+    os.close(descriptor)
+
+
+def noted(file="noted"):
+    return Path(file).read_text().splitlines() if os.path.exists(file) else []
+
+
+def wait_until(condition, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+# Counting what is alive ----------------------------------------------------------------------
+
+tables = []
+
+
+def table(frame=None):
+    """A frame that is counted while it is alive."""
+    new = pandas.DataFrame({"x": [1]})
+    tables.append(weakref.ref(new))
+    return new
+
+
+def tables_alive():
+    return sum(ref() is not None for ref in tables)
+
+
+@pytest.fixture
+def counted_tables(counted):
+    tables.clear()
+
+
+#: What the tasks below have made and is still referenced.
+alive = weakref.WeakSet()
+peak = []
+
+
+class Part:
+    """Stands for a large frame: counted while it is alive."""
+
+    def __init__(self):
+        alive.add(self)
+        peak[:] = [max([len(alive), *peak])]
+
+    def __reduce__(self):
+        return Part, ()  # so that it is counted in another process, too
+
+
+def new_part(part=None):
+    assert part is None or isinstance(part, Part)
+    return Part()
+
+
+@task
+def load(i):
+    return new_part()
+
+
+@task
+def step(part):
+    return new_part(part)
+
+
+@task
+def both(one, other):
+    return new_part(one)
+
+
+@task
+def count(part):
+    assert isinstance(part, Part)
+    return 1
+
+
+def parts_alive():
+    return len(alive)
+
+
+@task
+def here_alive(part):
+    return parts_alive()
+
+
+@task
+def total(counts):
+    return sum(counts)
+
+
+@task
+def numbers(n):
+    return list(range(n))
+
+
+@pytest.fixture
+def counted():
+    """Only reference counting may free; what waits for the cycle collector counts as alive."""
+    gc.collect()
+    alive.clear()
+    peak.clear()
+    gc.disable()
+    logging.disable(logging.CRITICAL)  # pytest keeps what is logged, with its errors
+    yield
+    logging.disable(logging.NOTSET)
+    gc.enable()
+
+
+def chain(length):
+    with Flow("chain") as flow:
+        part = load(0)
+        for _ in range(length - 1):
+            part = step(part)
+        count(part)
+    return flow
+
+
+def mapped(width, stages=4):
+    with Flow("map") as flow:
+        part = load.map(numbers(width))
+        for _ in range(stages - 1):
+            part = step.map(part)
+        flow.total = total(count.map(part))
+    return flow
+
+
+@task
+def pass_on(x):
+    return x
+
+
+# What of Prefect the module relies on --------------------------------------------------------
 
 #: name (of an attribute of an instance behind `()`), parameters that must be there, what depends
 #: on it. Not each release has the following, and where it is missing there is nothing to do:
@@ -464,7 +653,7 @@ def test_flow_runner_waits_for_tasks_at_the_end_and_for_edges_before(monkeypatch
     assert all(kinds <= {prefect.core.Edge} for kinds in waited)
 
 
-# Names --------------------------------------------------------------------------------------
+# Names ---------------------------------------------------------------------------------------
 
 
 def test_exports_these_names():
@@ -585,16 +774,11 @@ def test_prefect_settings_switch_it_on(empty_folder):
     assert out.decode().strip() == "PurgedResult 2"
 
 
-# The template in the path -------------------------------------------------------------------
+# The template in the path --------------------------------------------------------------------
 
 
 class Config:
     name = "berlin"
-
-
-class Numbered:
-    def __init__(self, n):
-        self.n = n
 
 
 @pytest.mark.parametrize(
@@ -680,12 +864,6 @@ def test_an_argument_that_the_task_changes_does_not_move_the_file():
         write({"id": "entry"})
     assert run(flow).is_successful()
     assert files() == ["entry.csv"]
-
-
-def failed(state, result):
-    state = state.result[result]
-    assert state.is_failed()
-    return state.result
 
 
 def test_a_field_that_nothing_provides_fails_the_task():
@@ -779,411 +957,7 @@ def test_bad_storage_is_refused_when_it_is_made(args, kwargs, message):
         PandasResultHandler(*args, **kwargs)
 
 
-# Which file belongs to which task run -------------------------------------------------------
-
-on_local_and_threads = pytest.mark.parametrize("executor", ["local", "threads"])
-
-
-def storing(calls, name="make", **kwargs):
-    """A task that notes its runs in `calls` and in the frames that it returns."""
-
-    @task(name=name, **kwargs)
-    def make(x, y=None):
-        calls.append((name, type(x).__name__, len(calls)))
-        return FRAME.assign(run=" ".join(map(str, calls[-1])))
-
-    return make
-
-
-def mapping(path, *values):
-    return lambda calls: storing(calls, **stored(path)).map(*map(list, values))
-
-
-def two_tasks(calls):
-    storing(calls, "a", **stored("out.csv"))(1)
-    storing(calls, "b", **stored("out.csv"))(1)
-
-
-def a_task_and_its_reader(calls):
-    storing(calls, "b", **stored("out.csv"))(storing(calls, "a", **stored("out.csv"))(1))
-
-
-def two_tasks_of_a_flow_with_storage(calls):
-    setattr(prefect.context.flow, STORAGE, PandasResult("{x}.csv"))
-    storing(calls, "clean")(1, y=storing(calls, "load")(1))
-
-
-def one_task_twice(calls):
-    make = storing(calls, **stored("out.csv"))
-    make(1)
-    make(2)
-
-
-def one_task_twice_with_frames(calls):
-    make = storing(calls, **stored("out.csv"))
-    for n in (1, 2):
-        make(Calls().make()(n))
-
-
-def one_task_twice_with_large_constants(calls):
-    make = storing(calls, **stored("out.csv"))
-    for n in (1, 2):
-        make(FRAME.assign(n=n))
-
-
-def one_function_in_two_tasks(calls):
-    make = storing(calls).run
-
-    def making(n):
-        return task(name="make", **stored("out.csv"))(lambda: make(n))
-
-    making(1)()
-    making(2)()
-
-
-def one_function_with_other_keyword_arguments(calls):
-    make = storing(calls).run
-    for kwargs in ({}, {"read_kwargs": {"comment": "#"}}):
-        task(make, name="make", **stored("out.csv", **kwargs))(1)
-
-
-def tasks_with_other_attributes(calls):
-    class Make(Task):
-        def __init__(self, x, **kwargs):
-            self.x = x
-            super().__init__(**kwargs)
-
-        def run(self):
-            return storing(calls).run(self.x)
-
-    for x in (1, "1"):
-        prefect.context.flow.add_task(Make(x, **stored("out.csv")))
-
-
-def a_linked_folder(calls):
-    Path("real").mkdir()
-    os.symlink("real", "link")
-    storing(calls, "a", **stored("real/out.csv"))(1)
-    storing(calls, "b", **stored("link/out.csv"))(1)
-
-
-def a_linked_file(calls):
-    os.symlink("out.csv", "link.csv")
-    a = storing(calls, "a", **stored("out.csv"))(1)
-    storing(calls, "b", **stored("link.csv"))(1, upstream_tasks=[a])
-
-
-def two_spellings(calls):
-    storing(calls, "a", **stored("out.csv"))(1)
-    storing(calls, "b", **stored(os.path.abspath("out.csv")))(1)
-
-
-def a_function_that_ignores_the_arguments(calls):
-    storing(calls, **stored(lambda **fields: "out.csv")).map([1, 2])
-
-
-CLASHES = {
-    "width": mapping("{x:0<2}.csv", ["1", "10"]),
-    "month": mapping("{x:%Y-%m}.csv", [datetime.date(2020, 2, 3), datetime.date(2020, 2, 4)]),
-    "item": mapping("{x[region]}.csv", [{"region": 1, "id": 1}, {"region": 1, "id": 2}]),
-    "joined": mapping("{x[0]}_{x[1]}.csv", [("x", "y_z"), ("x_y", "z")]),
-    "type": mapping("{x}.csv", [1, "1"]),
-    "rounded": mapping("{x:.2f}.csv", [0.001, 0.002]),
-    "slashes": mapping("in/{x}.csv", ["a/b", "a//b"]),
-    "unnamed": mapping("{x}.csv", [1, 1], [2, 3]),
-    "objects": mapping("{x.n}.csv", [Numbered(1), Numbered(1)]),
-}
-CLASHES.update(
-    (build.__name__, build)
-    for build in (
-        two_tasks,
-        a_task_and_its_reader,
-        two_tasks_of_a_flow_with_storage,
-        one_task_twice,
-        one_task_twice_with_frames,
-        one_task_twice_with_large_constants,
-        one_function_in_two_tasks,
-        one_function_with_other_keyword_arguments,
-        tasks_with_other_attributes,
-        two_spellings,
-    )
-)
-CLASHES.update(
-    (build.__name__, pytest.param(build, marks=mark))
-    for build, mark in (
-        (a_linked_folder, takes_posix),
-        (a_linked_file, takes_posix),
-        (a_function_that_ignores_the_arguments, from_0_11),
-    )
-)
-
-
-def all_states(flow_state):
-    tops = flow_state.result.values()
-    return [state for top in tops for state in getattr(top, "map_states", [top])]
-
-
-def written():
-    """The runs that are noted in the files of this folder."""
-    return [pandas.read_csv(str(path)).run[0] for path in Path().rglob("*.csv") if path.is_file()]
-
-
-@on_local_and_threads
-@pytest.mark.parametrize("build", CLASHES.values(), ids=list(CLASHES))
-def test_a_file_belongs_to_one_task_run(build, executor):
-    calls = []
-    with Flow("clash") as flow:
-        build(calls)
-    for _ in range(2):
-        state = run(flow, executor=EXECUTORS[executor]())
-        failures = [state for state in all_states(state) if state.is_failed()]
-        assert state.is_failed() and len(failures) == 1
-        assert "belongs to the task run" in str(failures[0].result)
-        assert str(failures[0].result).count(".csv") == 1
-        # Who came second neither ran nor wrote, not even in the second run.
-        assert len(calls) == 1 and set(written()) == {" ".join(map(str, calls[0]))}
-
-
-@on_local_and_threads
-def test_the_same_task_with_equal_arguments_may_share_a_file(executor):
-    anything = object()
-
-    @task(name="join", **stored("joined.csv"))
-    def join(parts, one, how=anything):
-        return pandas.concat([*parts, one])
-
-    with Flow("combined") as flow:
-        parts = task(lambda: [FRAME, FRAME], name="parts")()
-        for _ in range(2):
-            join([parts[0], parts[1]], parts[0])
-    for _ in range(2):
-        assert run(flow, executor=EXECUTORS[executor]()).is_successful()
-    with Flow("combined otherwise") as flow:
-        parts = task(lambda: [FRAME, FRAME], name="parts")()
-        join([parts[0], parts[1]], parts[0])
-        join([parts[1], parts[0]], parts[0])
-    state = run(flow, executor=EXECUTORS[executor]())
-    failures = [state for state in all_states(state) if state.is_failed()]
-    assert len(failures) == 1 and "belongs to the task run" in str(failures[0].result)
-    Path("joined.csv").unlink()
-
-    with Flow("shared") as flow:
-        calls = Calls()
-        make = calls.make(**stored("{id}.csv"))
-        frame = storing(calls, "frame")(0)
-        clean = storing(calls, "clean", **stored("clean.csv"))
-        for _ in range(2):
-            make(1)
-            make.map([2, 2])
-            make([{"x": 3}, datetime.date(2020, 2, 3), None])
-            clean(frame)
-    for _ in range(2):
-        assert run(flow, executor=EXECUTORS[executor]()).is_successful()
-    # Two that run at once may both run.
-    told = {str(call[:2] if isinstance(call, tuple) else call) for call in calls}
-    stored_calls = {call for call in told if "frame" not in call}
-    assert len(stored_calls) == len(files()) == 4
-
-
-def test_a_file_belongs_to_one_task_run_only_as_long_as_its_flow_runs():
-    def claimed():
-        every = [known.get("claims", {}) for known in prefect_ds._known.values()]
-        return {claim.file for claims in every for _, claim in claims.values()}
-
-    before = claimed()  # A worker in this process may still have those of the last flow runs.
-    with Flow("parameter") as flow:
-        calls = Calls()
-        calls.make(**stored("out.csv"))(Parameter("id", default=0))
-    for id in (1, 2):
-        context = {"recompute": "make"}
-        assert run(flow, parameters={"id": id}, context=context).is_successful()
-        start = {"scheduled_start_time": pendulum.datetime(2020, 2, 3)}
-        state = FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
-            parameters={"id": id},
-            context={**context, **start},
-            task_runner_state_handlers=[checkpoint_handler],
-        )
-        assert state.is_successful()
-    del state, start
-    gc.collect()
-    assert calls == [1, 1, 2, 2] and claimed() <= before
-
-
-def test_a_file_still_belongs_to_a_task_run_in_later_rounds():
-    attempts = []
-
-    @task(max_retries=1, retry_delay=timedelta(0))
-    def flaky():
-        attempts.append(1)
-        if len(attempts) == 1:
-            raise ValueError("not yet")
-        return 2
-
-    with Flow("rounds") as flow:
-        calls = []
-        make = storing(calls, **stored("out.csv"))
-        first, second = make(1), make(flaky())
-    state = run(flow)
-    assert state.result[first].is_successful() and len(calls) == 1
-    assert "belongs to the task run 'make'" in str(failed(state, second))
-
-
-def test_a_plain_task_runner_cannot_tell_arguments_and_shares_no_file():
-    with Flow("plain") as flow:
-        calls = Calls()
-        make = calls.make(**stored("data.csv"))
-        made = [make(1), make(2)]
-    state = FlowRunner(flow).run(return_tasks=made, task_runner_state_handlers=[checkpoint_handler])
-    assert state.is_failed() and len(calls) == 1
-
-
-def test_flows_that_run_at_once_do_not_take_files_from_each_other():
-    with Flow("parameter") as flow:
-        Calls().make(**stored("out.csv"))(Parameter("id"))
-
-    def run_it(id):
-        return run(flow, parameters={"id": id}, context={"recompute": "make"})
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(state.is_successful() for state in pool.map(run_it, range(24)))
-
-
-def test_a_flow_within_a_task_has_files_of_its_own():
-    calls = []
-
-    @task(name="make", **stored("{x}.csv"))
-    def outer(x):
-        with Flow("outer") as inner:
-            storing(calls, **stored("inner_{x}.csv"))(x + 1)
-        assert run(inner).is_successful()
-        with Flow("plain") as inner:
-            storing(calls, **stored("plain.csv"))(x + 1)
-        handlers = [checkpoint_handler]
-        assert FlowRunner(inner).run(task_runner_state_handlers=handlers).is_successful()
-        return FRAME
-
-    with Flow("outer") as flow:
-        outer.map([1])
-    assert run(flow).is_successful()
-    assert files() == ["1.csv", "inner_2.csv", "plain.csv"]
-
-
-@pytest.mark.parametrize("dumps", [pickle.dumps, cloudpickle.dumps, copy.copy])
-def test_states_tell_which_file_belongs_to_the_task_run(dumps):
-    def states(build):
-        with Flow("claims") as flow:
-            build([])
-        state = run(flow)
-        copies = [dumps(state) for state in all_states(state)]
-        return [pickle.loads(c) if isinstance(c, bytes) else c for c in copies]
-
-    one, other = states(mapping("{x}.csv", [1, 2])), states(mapping("{x}.csv", [3, 4]))
-    assert prefect_ds._settle_claims(one + one + other) is None
-    again = states(mapping("{x}.csv", [1], [5]))
-    message = prefect_ds._settle_claims(one + other + again)
-    assert os.path.realpath("1.csv") in message and "'make[0]'" in message
-
-
-@purges_on_dask
-def test_a_file_of_two_task_runs_in_processes_fails_the_flow(processes, empty_folder):
-    with Flow("processes") as flow:
-        a = Calls().make("a", **stored(str(empty_folder / "out.csv")))(1)
-        calls = Calls()
-        b = calls.make("b", **stored(str(empty_folder / "out.csv")))(2, upstream_tasks=[a])
-        calls.make("shared", **stored(str(empty_folder / "{id}.csv"))).map([1, 1])
-    state = run(flow, executor=InOnePool(processes))
-    # The process of `b` knows of `a` if that ran there; else it is noticed in the end.
-    said = f"{state.message} {state.result[b].message}"
-    assert state.is_failed() and "out.csv belongs to the task run 'a'" in said
-    assert set(state.result) == flow.tasks and b in state.result
-    flow.tasks.discard(a)
-    flow.edges.clear()
-    flow._cache.clear()
-    assert run(flow, executor=InOnePool(processes)).is_successful()
-
-
-@purges_on_dask
-def test_a_file_of_two_task_runs_is_set_aside_in_the_end(empty_folder):
-    path = str(empty_folder / "out.csv")
-    started = str(empty_folder / "noted-")
-
-    def make(name, id):
-        # Each runs in a process of its own, and both have looked for the file before it is there.
-        def made():
-            Path(started + name).touch()
-            wait_until(lambda: all(os.path.exists(started + n) for n in "ab"))
-            return pandas.DataFrame({"x": [id]})
-
-        return task(made, name=name, **stored(path))()
-
-    @task(max_retries=1, retry_delay=timedelta(0))
-    def flaky():  # so that there are two rounds
-        if not os.path.exists(started + "flaky"):
-            Path(started + "flaky").touch()
-            raise ValueError("not yet")
-
-    with Flow("two") as flow:
-        make("a", 1), make("b", 2), flaky()
-    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
-    message = run(flow, executor=executor).message
-    aside = re.search(r"It is now (.*\.unreadable-\S+), since", message).group(1)
-    assert len(pandas.read_csv(aside)) == 1 and not os.path.exists(path)
-
-
-def test_two_calls_of_one_task_with_one_path_are_told_apart():
-    with Flow("two") as flow:
-        twice = Calls().make(**stored("out.csv"))
-        first, second = twice(1), twice(2)
-    result = run(flow).result
-    (message,) = [result[t].message for t in (first, second) if result[t].is_failed()]
-    assert len(set(re.findall(r"task run 'make' \((.+?)\)", message))) == 2
-
-
-def test_a_task_whose_file_is_gone_at_once_has_succeeded():
-    class OnAMovingDisk(PandasResult):
-        def _save(self, frame, location):
-            gives_it_back = super()._save(frame, location)
-            os.remove(location)
-            return gives_it_back
-
-    with Flow("gone") as flow:
-        result = Calls().make(**{STORAGE: OnAMovingDisk("data.csv")})(1)
-    state = run(flow)
-    assert state.is_successful() and int(state.result[result].result.id[0]) == 1
-
-
-@takes_flatten
-@pytest.mark.parametrize("where", ["pool", "cluster"])
-def test_what_begins_with_flattening_has_a_context(where, processes):
-    with Flow("later round") as flow:
-        lists = task(lambda: [[1], [2]], name="lists")()
-        result = task(lambda x: prefect.context.get("flow_name")).map(prefect.flatten(lists))
-    executor = InOnePool(processes) if where == "pool" else EXECUTORS["dask"]()
-    given = {lists: Success(result=[[1], [2]])}
-    state = DSFlowRunner(flow).run(task_states=given, return_tasks=[result], executor=executor)
-    assert state.result[result].result == ["later round"] * 2
-
-
-def test_what_is_known_of_a_task_run_is_not_in_what_prefect_pickles():
-    seen = []
-
-    def look(task_runner, old_state, new_state):
-        if prefect.context.get("task_name") == "timed" and new_state.is_running():
-            seen.append(prefect.context.to_dict())
-
-    with Flow("timed") as flow:
-        calls = Calls()
-        calls.make("timed", timeout=60, **stored("{id}.csv"))(calls.make()(1))
-    Path("unreadable.csv").touch()
-    run(flow, task_runner_state_handlers=[checkpoint_handler, look])
-    (context,) = seen
-    assert not [key for key in context if "prefect_ds" in key]
-    assert b"prefect_ds" not in cloudpickle.dumps(context)
-
-
-# Files --------------------------------------------------------------------------------------
-
-EXTENSIONS = {"excel": "xlsx", "hdf": "h5", "pickle": "pkl", "stata": "dta"}
+# Files ---------------------------------------------------------------------------------------
 
 
 def round_trip(file_type, frame, **kwargs):
@@ -1334,23 +1108,6 @@ def test_a_full_disk_fails_the_task_and_leaves_the_earlier_file(empty_folder):
         assert_frame_equal(pandas.read_csv("small/data.csv"), FRAME)
     finally:
         subprocess.check_call(["umount", str(small)])
-
-
-def for_processes(**variables):
-    """The environment of processes that import this file or prefect_ds."""
-    folders = [os.path.dirname(os.path.abspath(f)) for f in (__file__, prefect_ds.__file__)]
-    return dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **variables)
-
-
-def in_another_process(call, **environment):
-    """What a function of this file prints in a process of its own, in this folder."""
-    code = "from test_prefect_ds import *; " + call
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=for_processes(**environment), timeout=300,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 @takes_posix
@@ -2341,8 +2098,1380 @@ def test_protocols_may_be_joined(memory):
     assert "leads out of the folder" in str(failed(run(flow), result))
 
 
-# A task whose file is there is not run ------------------------------------------------------
+# What is stored lives in its file ------------------------------------------------------------
 
+
+def files_read(log):
+    """The names of the files that were read, in their order."""
+    lines = [line for line in log(logging.INFO).splitlines() if ": Loaded " in line]
+    return [os.path.basename(line.partition(": Loaded ")[2]) for line in lines]
+
+
+def run_by_prefects(flow, **kwargs):
+    """By Prefect's own flow runner, and `DSTaskRunner`."""
+    return FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
+        return_tasks=flow.tasks, task_runner_state_handlers=[checkpoint_handler], **kwargs
+    )
+
+
+def two_maps_and_more():
+    """Maps, a reduce, a list and a dictionary of tasks, of which each is stored."""
+
+    def make(name, path):
+        @task(name=name, **stored(path))
+        def made(x=0):
+            return pandas.DataFrame({"sum": [sum_of(x)]})
+
+        return made
+
+    with Flow("stored") as flow:
+        load = make("load", "load_{map_index}.pkl").map([1, 2, 3])
+        clean = make("clean", "clean_{map_index}.pkl").map(load)
+        total = make("total", "total.pkl")(clean)
+        in_list = make("list", "list.pkl")([load, total])
+        flow.last = make("dict", "dict.pkl")({"a": in_list, "b": [total]})
+    return flow
+
+
+def sum_of(x):
+    """The sum of all numbers in frames, and in collections of them."""
+    if isinstance(x, pandas.DataFrame):
+        return int(x.to_numpy().sum())
+    if isinstance(x, dict):
+        return sum_of(list(x.values()))
+    return sum(map(sum_of, x)) if isinstance(x, (list, tuple)) else x
+
+
+@pytest.mark.parametrize("run_by", [run, run_by_prefects])
+@on_each_executor
+def test_reads_only_what_a_task_that_runs_asks_for(executor, run_by, log):
+    flow = two_maps_and_more()
+    first = run_by(flow, executor=executor())
+    assert sum_of(first.result[flow.last].result) == 18
+    for deleted, expected in [
+        ([], []),
+        (["list.pkl"], ["load_0.pkl", "load_1.pkl", "load_2.pkl", "total.pkl"]),
+        (["clean_1.pkl"], ["load_1.pkl"]),
+        (["clean_2.pkl", "total.pkl"], ["clean_0.pkl", "clean_1.pkl", "load_2.pkl"]),
+    ]:
+        for name in deleted:
+            os.remove(name)
+        before = len(files_read(log))
+        state = run_by(flow, executor=executor())
+        read = set(files_read(log)[before:])
+        # On a cluster, what is written is read again by those who need it.
+        read -= set(deleted) if executor is EXECUTORS["dask"] else set()
+        assert sorted(read) == expected
+        assert state.is_successful() and sum_of(state.result[flow.last].result) == 18
+        assert files_read(log)[-1] == "dict.pkl"
+    if executor is not EXECUTORS["dask"]:
+        lists = [s.result for t, s in state.result.items() if t.name == "clean"]
+        assert sum_of(lists) == 6
+
+
+@pytest.mark.parametrize("executor", ["local", "threads", "dask"])
+def test_any_stored_flow_opens_only_what_it_must(executor, log):
+    first_seed = int(os.environ.get("PREFECT_DS_SEED", 0))
+    for seed in range(first_seed, first_seed + max(2, _EXAMPLES // 4)):
+        os.mkdir(str(seed))
+        os.chdir(str(seed))
+        dice = random.Random(seed)
+        flow, plan = drawn_flow(dice)
+        ours = EXECUTORS[executor]()
+        first = outcome_of(flow, run(flow, executor=ours))
+        deleted = {name for name in files() if dice.random() < 0.3}
+        for name in deleted:
+            os.remove(name)
+        before = len(files_read(log))
+        second = run(flow, executor=EXECUTORS[executor]())
+        read = set(files_read(log)[before:])
+        needed = files_that_must_be_read(plan, deleted)
+        # On a cluster, what is written is read again by those who need it.
+        read -= deleted if executor == "dask" else set()
+        assert read == needed, f"seed {seed}"
+        assert outcome_of(flow, second) == first, f"seed {seed}"
+        os.chdir("..")
+
+
+_Drawn = namedtuple("_Drawn", "name is_mapped is_stored inputs")
+
+
+def drawn_flow(dice):
+    """A flow of tasks that are stored or not, and how it was drawn."""
+    plan, results = [], []
+    with Flow("drawn") as flow:
+        for number in range(dice.randrange(3, 9)):
+            inputs = dice.sample(range(number), min(number, dice.randrange(3)))
+            is_mapped = dice.random() < 0.5
+            is_stored = dice.random() < 0.6
+            drawn = _Drawn(f"t{number}", is_mapped, is_stored, [plan[i] for i in inputs])
+            path = drawn.name + ("_{map_index}.pkl" if is_mapped else ".pkl")
+
+            @task(name=drawn.name, **(stored(path) if is_stored else {}))
+            def made(n, x=0, y=0):
+                return pandas.DataFrame({"sum": [n + sum_of(x) + sum_of(y)]})
+
+            n = [number, 1, 2] if is_mapped else number
+            arguments = {}
+            for key, i in zip("xy", inputs):
+                as_list = dice.random() < 0.3
+                value = results[i]
+                if not is_mapped or not plan[i].is_mapped:
+                    value = [value, 1] if as_list else value
+                    value = unmapped(value) if is_mapped else value
+                arguments[key] = value
+            results.append(made.map(n, **arguments) if is_mapped else made(n, **arguments))
+            plan.append(drawn)
+    return flow, plan
+
+
+def files_that_must_be_read(plan, deleted):
+    def runs(drawn):
+        """Pairs of a name of a file and whether its task run takes place."""
+        ends = [f"_{i}.pkl" for i in range(3)] if drawn.is_mapped else [".pkl"]
+        names = [drawn.name + end for end in ends]
+        return [(name, not drawn.is_stored or name in deleted) for name in names]
+
+    needed = set()
+    for drawn in plan:
+        for index, (_, takes_place) in enumerate(runs(drawn)):
+            for upstream in drawn.inputs if takes_place else []:
+                items = runs(upstream)
+                if drawn.is_mapped and upstream.is_mapped:
+                    items = items[index : index + 1]
+                needed |= {name for name, was_run in items if not was_run}
+    return needed
+
+
+def outcome_of(flow, state):
+    terminal = flow.terminal_tasks()
+    return {
+        task.name: (type(s).__name__, sum_of(s.result) if task in terminal else None)
+        for task, s in state.result.items()
+        if not task.name.startswith(("List", "Constant"))
+    }
+
+
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_what_was_written_is_dropped_also_at_the_end_of_a_map(executor, counted_tables):
+    peak = []
+
+    @task(**stored("{i}.pkl"))
+    def write(frame, i):
+        peak.append(tables_alive())
+        return table(frame)
+
+    @task
+    def load(i):
+        return table()
+
+    with Flow("writes") as flow:
+        numbers = list(range(10))
+        written = write.map(load.map(numbers), numbers)
+    state = run(flow, executor=EXECUTORS[executor]())
+    if executor == "local" or PURGES_ON_DASK:
+        assert max(peak) <= (2 if executor == "local" else 6) and tables_alive() == 0
+    assert [len(frame) for frame in state.result[written].result] == [1] * 10
+    assert tables_alive() <= (0 if executor == "local" or PURGES_ON_DASK else 20)
+
+
+def test_any_stored_result_is_there_after_the_run(counted_tables):
+    make = task(table, name="make", **stored("make.pkl"))
+    with Flow("any") as flow:
+        plain = task(table)()
+        first = make(plain)
+        task(table)(first)
+    state = run(flow)
+    assert state.result[plain]._result is PurgedResult
+    assert len(state.result[first].result) == 1
+
+
+def test_what_a_file_does_not_keep_stays_in_memory(counted_tables):
+    indexed = pandas.DataFrame({"x": [1]}, index=["a"])
+    with Flow("stays") as flow:
+        lossy = task(lambda: indexed, name="lossy", **stored("lossy.csv"))()
+        tagged = task(table, name="tagged", tags=["prefect-ds:keep"], **stored("tagged.pkl"))()
+    state = run(flow)
+    assert state.result[lossy].result is indexed
+    assert tables_alive() == 1 and len(state.result[tagged].result) == 1
+
+
+def test_what_a_retry_reads_again_is_dropped_until_then(counted_tables):
+    attempts, seen = [], []
+
+    @task(**stored("{i}.pkl"))
+    def load(i):
+        return table()
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def fit(frame):
+        attempts.append(1)
+        seen.append(tables_alive())
+        if len(attempts) <= 5:
+            raise ValueError("not yet")
+        return len(frame)
+
+    with Flow("retried") as flow:
+        fitted = fit.map(load.map([1, 2, 3, 4, 5]))
+    state = run(flow)
+    assert state.result[fitted].result == [1] * 5 and max(seen) <= 1
+
+
+def test_a_state_travels_as_a_place():
+    with Flow("travels") as flow:
+        result = Calls().make(**stored("data.pkl"))(1)
+    for _ in range(2):
+        there = pickle.loads(pickle.dumps(run(flow).result[result]))
+        assert not isinstance(vars(there._result).get("_held"), pandas.DataFrame)
+        assert_frame_equal(there.result, FRAME.assign(id=1))
+
+
+@purges_on_dask
+def test_stored_frames_do_not_come_to_the_client(processes):
+    with Flow("processes") as flow:
+        result = task(many_rows, **stored("{i}.pkl")).map([1, 2])
+    for _ in range(2):
+        children = run(flow, executor=InOnePool(processes)).result[result].map_states
+        assert all(len(pickle.dumps(child)) < 10_000 for child in children)
+        assert [prefect_ds._at_hand(child._result) for child in children] == [None, None]
+        assert [len(child.result) for child in children] == [100_000] * 2
+
+
+def many_rows(i):
+    return pandas.DataFrame({"x": range(100_000)})
+
+
+def test_two_readers_at_once_share_a_frame(counted_tables, log):
+    logging.disable(logging.NOTSET)
+    seen, both = [], threading.Barrier(2, timeout=30)
+
+    @task
+    def look(frame):
+        seen.append(id(frame))
+        both.wait()
+
+    with Flow("share") as flow:
+        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
+        look(frame)
+        look(frame)
+    for _ in range(2):
+        seen.clear()
+        executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+        assert run(flow, executor=executor).is_successful()
+        assert len(set(seen)) == 1
+    assert files_read(log) == ["data.pkl"]
+
+
+def test_an_item_of_a_stored_frame_is_nobodys_checkpoint():
+    with Flow("item") as flow:
+        frame = Calls().make(**stored("{task_name}_{id}.pkl"))(1)
+        result = task(lambda ids: int(ids.sum()), name="total")(frame["id"])
+    for _ in range(2):
+        assert run(flow).result[result].result == 3
+
+
+@on_each_that_purges
+def test_what_several_children_read_is_read_once(executor, log, counted_tables):
+    logging.disable(logging.NOTSET)
+    with Flow("shared") as flow:
+        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
+        lengths = task(lambda i, frame: len(frame), name="len")
+        result = lengths.map([1, 2, 3], unmapped(frame))
+    for _ in range(2):
+        assert run(flow, executor=EXECUTORS[executor]()).result[result].result == [1, 1, 1]
+        assert tables_alive() == 0
+    # On a cluster, what is written is read again by those who need it.
+    runs_that_read = 2 if executor == "dask" else 1
+    read = files_read(log)
+    assert set(read) == {"data.pkl"} and len(read) <= runs_that_read
+
+
+@purges_on_dask
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_each_process_reads_once_what_several_children_read(where, processes, empty_folder):
+    executor = InOnePool(processes)
+    if where == "cluster":
+        executor = dask_executor(processes=True, n_workers=2, threads_per_worker=1)
+    read_kwargs = {"converters": {"x": functools.partial(note_cell, str(empty_folder / "noted"))}}
+    with Flow("shared") as flow:
+        frame = task(
+            lambda: FRAME, **stored(str(empty_folder / "data.csv"), read_kwargs=read_kwargs)
+        )()
+        numbers = task(lambda i: i).map(list(range(12)))
+        result = task(lambda i, frame: frame.x[0] + i).map(numbers, unmapped(frame))
+    Path("data.csv").write_text("x\n7\n")
+    assert run(flow, executor=executor).result[result].result == list(range(7, 19))
+    assert 1 <= len(noted()) <= 2
+
+
+@purges_on_dask
+def test_workers_forget_what_children_have_shared(counted_tables):
+    with Flow("shared") as flow:
+        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
+        result = task(lambda i, frame: i + len(frame)).map([1, 2, 3], unmapped(frame))
+    assert run(flow, executor=EXECUTORS["dask"]()).result[result].result == [2, 3, 4]
+    wait_until(lambda: not prefect_ds._files_here and not tables_alive())
+
+
+def note_cell(file, cell):
+    note(cell, file)
+    return int(cell)
+
+
+def test_what_was_found_holds_nothing_that_it_was_made_from(counted_tables):
+    with Flow("holds nothing") as flow:
+        parts = task(lambda i: table(), name="make").map([1, 2, 3])
+        joined = task(lambda parts: pandas.concat(parts), name="join", **stored("joined.pkl"))
+        result = task(lambda frame: len(frame), name="len")(joined(parts))
+        listed = task(lambda: [table(), table()], name="list")()
+        copied = task(lambda frame: frame * 2, name="copy", **stored("{map_index}.pkl"))
+        copied.map(listed)
+    for _ in range(2):
+        state = run(flow)
+        assert state.result[result].result == 3
+        del state.result[listed]
+        assert tables_alive() == 0
+
+
+def test_prefects_task_runner_gets_frames_from_our_states():
+    with Flow("theirs") as flow:
+        calls = Calls()
+        frames = [calls.make(**stored("{id}.pkl"))(i) for i in (1, 2)]
+        mapped = calls.make(name="mapped", **stored("mapped_{id}.pkl")).map([3, 4])
+        kind = task(lambda x: type(x).__name__, name="kind")
+        single, of_items = kind(frames[0]), kind.map(frames)
+        reduced = task(lambda xs: [type(x).__name__ for x in xs], name="kinds")(mapped)
+    for _ in range(2):
+        state = run(flow)
+    ends = {single, of_items, reduced}
+    given = {t: s for t, s in state.result.items() if t not in ends}
+    theirs = FlowRunner(flow).run(task_states=given, return_tasks=flow.tasks)
+    assert theirs.result[single].result == "DataFrame"
+    assert theirs.result[of_items].result == theirs.result[reduced].result == ["DataFrame"] * 2
+
+
+def test_maps_over_a_list_of_stored_tasks_and_reads_each_once(log):
+    with Flow("map over a list") as flow:
+        calls = Calls()
+        frames = [calls.make(**stored("{id}.pkl"))(i) for i in range(4)]
+        lengths = task(lambda frame: int(frame.id[0]), name="look").map(frames)
+    for _ in range(2):
+        assert run(flow).result[lengths].result == [0, 1, 2, 3]
+    assert files_read(log) == [f"{i}.pkl" for i in range(4)] and sorted(calls) == [0, 1, 2, 3]
+
+
+def test_who_is_handed_a_state_may_read_what_is_in_its_file():
+    seen = []
+
+    def trigger(upstream_states):
+        states = getattr(upstream_states, "values", lambda: upstream_states)()
+        seen.extend(sum_of(s.result) for s in states)
+        return True
+
+    with Flow("trigger") as flow:
+        many = task(lambda i: FRAME[["one"]] * i, name="many", **stored("many_{i}.pkl")).map([1, 2])
+        plain = task(lambda: FRAME[["one"]], name="plain", **stored("plain.pkl"))()
+        task(lambda a, b: None, name="last", trigger=trigger)(many, plain)
+    for _ in range(2):
+        assert run(flow).is_successful()
+    assert sum(seen) == 2 * (6 + 18)  # below 0.12 child by child
+
+
+def damage_the_middle(path):
+    """So that only reading the whole file can tell."""
+    Path(path).write_bytes(damage_the_middle_of(Path(path).read_bytes()))
+    return Path(path).read_bytes()
+
+
+def damage_the_middle_of(content):
+    return content[:4] + b"?" * (len(content) - 8) + content[-4:]
+
+
+@contextmanager
+def two_processes(where, pool):
+    """An executor for several flow runs in the same two processes."""
+    from distributed import Client
+
+    if where == "pool":
+        yield InOnePool(pool)
+        return
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with Client(processes=True, **options) as client:
+        yield DaskExecutor(address=client.scheduler.address)
+
+
+@purges_on_dask
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_what_made_a_damaged_file_runs_again_where_it_is_read(where, processes, empty_folder):
+    def path(name):
+        return str(empty_folder / name)
+
+    def make(number):
+        note(f"make {number}", path("noted"))
+        return pandas.DataFrame({"id": [number]})
+
+    def each(frame, id):
+        note(f"each {id}", path("noted"))
+        return frame.assign(id=id)
+
+    def damage():
+        damage_the_middle(path("2.pkl")), damage_the_middle(path("other.pkl"))
+
+    with Flow("damaged") as flow:
+        made = task(make, **stored(path("made.pkl")))(1)
+        many = task(each, **stored(path("{id}.pkl"))).map(unmapped(made), [2, 3])
+        other = task(make, name="other", **stored(path("other.pkl")))(2)
+        damaged = task(lambda many, now: now and damage(), name="damage")(
+            [many, other], Parameter("now")
+        )
+        last = task(sum_of_ids, name="last")(many, upstream_tasks=[damaged])
+        look = task(lambda i, frame: int(frame.id[0]) + i, name="look")
+        looks = look.map([1, 2], unmapped(other), upstream_tasks=[unmapped(damaged)])
+    with two_processes(where, processes) as executor:
+        state = run(flow, executor=executor, parameters={"now": True})
+        assert sorted(set(noted())) == ["each 2", "each 3", "make 1", "make 2"]
+        assert noted().count("each 2") == 2 and noted().count("each 3") == 1
+        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
+        Path("noted").unlink()
+        damage()
+        state = run(flow, executor=executor, parameters={"now": False})
+        assert sorted(set(noted())) == ["each 2", "make 2"] and noted().count("each 2") == 1
+        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
+    assert len([name for name in files() if ".unreadable-" in name]) == 2
+
+
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
+    with Flow("damaged") as flow:
+        calls, later = Calls(), Calls()
+        first = calls.make(**stored("first_{id}.pkl")).map([1, 2])
+        second = task(lambda frame: later.append(1) or frame, **stored("second_{map_index}.pkl"))
+        second = second.map(first)
+        last = task(sum_of_ids)(second)
+    assert run(flow).result[last].result == 9
+    contents = {name: damage_the_middle(name) for name in ("first_1.pkl", "second_0.pkl")}
+    assert run(flow, executor=EXECUTORS[executor]()).result[last].result == 9
+    assert sorted(calls) == [1, 1, 2] and later == [1, 1, 1]
+    aside = [name for name in files() if ".unreadable-" in name]
+    assert len(aside) == 2 and len(files()) == 6
+    assert {Path(name).read_bytes() for name in aside} == set(contents.values())
+    assert "The task run 'make[0]' takes place again" in log(logging.WARNING)
+    assert run(flow).result[last].result == 9 and later == [1, 1, 1]
+
+
+def sum_of_ids(frames):
+    return sum(int(frame.id.sum()) for frame in frames)
+
+
+def test_a_reader_gets_no_signal_for_a_frame():
+    again = []
+
+    @task(**stored("data.pkl"))
+    def make():
+        if again:
+            raise signals.SKIP("nothing today")
+        return FRAME
+
+    with Flow("skips") as flow:
+        last = task(lambda frame: len(frame), name="last")(make())
+    run(flow)
+    again.append(True)
+    damage_the_middle("data.pkl")
+    state = run(flow)
+    assert state.is_failed() and "but came to <Skipped" in state.result[last].message
+
+
+def test_an_error_that_is_not_of_the_file_leaves_it_where_it_is(monkeypatch):
+    with Flow("errors") as flow:
+        last = task(lambda frame: len(frame), name="last")(Calls().make(**stored("data.csv"))(1))
+    run(flow)
+    content = Path("data.csv").read_bytes()
+    for error in (OSError(5, "Input/output error"), MemoryError(), PermissionError(13, "no")):
+
+        def fail(*args, error=error):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PandasResult, "_read", fail)
+            assert run(flow).result[last].is_failed()
+        assert files() == ["data.csv"] and Path("data.csv").read_bytes() == content
+    assert run(flow).result[last].result == 3
+
+
+def test_a_damaged_remote_file_is_computed_again():
+    fsspec = pytest.importorskip("fsspec")
+    path = "memory://damaged/data.pkl"
+    with Flow("remote") as flow:
+        calls = Calls()
+        last = task(lambda frame: len(frame), name="last")(calls.make(**stored(path))(1))
+    run(flow)
+    content = damage_the_middle_of(b"." * 90 + b".")
+    with fsspec.open(path, "wb") as opened:
+        opened.write(content)
+    for _ in range(2):
+        assert run(flow).result[last].result == 3 and calls == [1, 1]
+    filesystem, place = prefect_ds._filesystem(path, {})
+    there = [name for name in filesystem.find(os.path.dirname(place)) if "unread" in name]
+    assert len(there) == 1
+    with filesystem.open(there[0], "rb") as opened:
+        assert opened.read() == content
+
+
+def test_a_reader_of_a_damaged_file_says_so_where_its_task_cannot_run_again():
+    with Flow("damaged") as flow:
+        made = task(table)()
+        copied = task(lambda frame: frame.copy(), name="copy", **stored("data.pkl"))(made)
+        waits = task(lambda: None, name="wait")(upstream_tasks=[copied])
+        last = task(lambda frame: len(frame), name="last")(copied, upstream_tasks=[waits])
+    run(flow)
+    damage_the_middle("data.pkl")
+    state = run(flow)
+    assert state.is_failed() and state.result[last].is_failed()
+    message = str(state.result[last].message)
+    assert os.path.abspath("data.pkl") in message and "Run the flow once more" in message
+    assert len(files()) == 1 and ".unreadable-" in files()[0]
+    state = run(flow)
+    assert state.result[last].result == 1 and "data.pkl" in files()
+
+
+@pytest.mark.parametrize("file_type", sorted({*prefect_ds._FILE_TYPES} & {*prefect_ds._ENDS}))
+@pytest.mark.parametrize("damage_to", ["begin", "end", "all"])
+def test_what_a_file_begins_and_ends_with_is_checked_when_it_is_found(file_type, damage_to, log):
+    name = "data." + EXTENSIONS.get(file_type, file_type)
+    frame = FRAME.astype({"one": "int32"})
+    try:
+        PandasResult(name)._save(frame, name)
+    except ImportError as missing:
+        pytest.skip(f"pandas needs another package for {file_type}: {missing}")
+    PandasResult(name)._check_ends(name)
+    content = Path(name).read_bytes()
+    damaged = {"begin": b"\0" * 8 + content[8:], "end": content[:-3], "all": b""}[damage_to]
+    begins, ends = prefect_ds._ENDS[file_type]
+    if not {"begin": begins, "end": ends, "all": file_type != "json"}[damage_to]:
+        pytest.skip("There are readable files of this type that begin or end in other ways.")
+    Path(name).write_bytes(damaged)
+    with Flow("damaged") as flow:
+        made = task(lambda: frame, name="make", **stored(name))()
+    assert "Found" not in run(flow).result[made].message
+    assert f"{name} is there, but cannot be read" in log(logging.WARNING)
+
+
+@pytest.mark.parametrize("compression", prefect_ds._COMPRESSIONS)
+def test_compressed_files_begin_as_they_are_compressed(compression):
+    name = "data.json." + compression
+    try:
+        PandasResult(name)._save(FRAME, name)
+    except (ImportError, ValueError) as missing:
+        pytest.skip(f"pandas cannot write it: {missing}")
+    PandasResult(name)._check_ends(name)
+    Path(name).write_text("neither this nor that")
+    with pytest.raises(ValueError, match="begin and end"):
+        PandasResult(name)._check_ends(name)
+
+
+def make_older(*names):
+    """Put the time at which files were written an hour back."""
+    for name in names:
+        os.utime(name, (time.time() - 3600,) * 2)
+
+
+@on_each_executor
+def test_says_what_is_out_of_date_and_computes_it_if_it_is_told_to(executor, log):
+    with Flow("out of date") as flow:
+        calls = Calls()
+        first = calls.make(name="first", **stored("first_{id}.pkl")).map([1, 2])
+        between = task(lambda x: x, name="between").map(first)
+        second = task(lambda x: x, name="second", **stored("{map_index}.pkl")).map(between)
+        last = task(lambda x: x[0], name="last", **stored("last.pkl"))(second)
+    run(flow, executor=executor())
+    assert "is older" not in log(logging.WARNING) and run(flow, executor=executor()).is_successful()
+    make_older("0.pkl", "1.pkl")
+    assert run(flow, executor=executor()).is_successful()
+    said = [line for line in log(logging.WARNING).splitlines() if "is older than" in line]
+    assert len(said) == 1 and said[0].startswith("Task 'second[")
+    assert ".pkl is older than first_" in said[0] and "recompute='out-of-date'" in said[0]
+    for written in (["0.pkl", "1.pkl", "last.pkl"], []):
+        before = log(logging.INFO).count(": Wrote ")
+        state = run(flow, executor=executor(), context={"recompute": "out-of-date"})
+        lines = [line for line in log(logging.INFO).splitlines() if ": Wrote " in line][before:]
+        assert sorted(line.partition(": Wrote ")[2] for line in lines) == written
+        assert sum_of_ids([state.result[last].result]) == 3
+
+
+def test_an_item_of_a_list_is_as_old_as_its_own_file(log):
+    with Flow("items") as flow:
+        firsts = [Calls().make(**stored("{id}.pkl"))(i) for i in (1, 2)]
+        task(lambda x: x, name="second", **stored("second_{map_index}.pkl")).map(firsts)
+    run(flow)
+    for age, name in enumerate(["second_1.pkl", "2.pkl", "second_0.pkl", "1.pkl"]):
+        os.utime(name, (10**9 - age,) * 2)
+    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
+
+
+def test_a_newer_file_in_a_folder_makes_what_was_made_of_it_out_of_date(log):
+    with Flow("folder") as flow:
+        kwargs = {"write_kwargs": {"partition_cols": ["one"]}, "file_type": "parquet"}
+        pytest.importorskip("pyarrow")
+        first = Calls().make(**stored("first", **kwargs))(1)
+        task(lambda x: x[["two"]], name="second", **stored("second.pkl"))(first)
+    run(flow)
+    os.utime("second.pkl", (time.time() + 60,) * 2)
+    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
+    (file, *_) = prefect_ds._files("first")
+    os.utime(file, (time.time() + 120,) * 2)
+    assert run(flow).is_successful() and "is older than first" in log(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, frame",
+    [
+        ("old.pkl", {"write_kwargs": {"protocol": 0}}, FRAME),
+        (
+            "none.json",
+            {
+                "write_kwargs": {"orient": "records", "lines": True},
+                "read_kwargs": {"orient": "records", "lines": True},
+            },
+            pandas.DataFrame({"x": []}),
+        ),
+    ],
+    ids=["pickle", "no lines"],
+)
+def test_no_file_that_was_written_is_taken_for_a_damaged_one(name, kwargs, frame):
+    storage = PandasResult(name, **kwargs)
+    try:
+        storage._save(frame, name)
+    except ValueError:  # Some releases of pandas do not read what they have written.
+        Path(name).touch()
+    storage._check_ends(name)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("page.html", "\ufeff<html><table></table></html>\n"),
+        ("text.html", "See: <table></table> and more"),
+        ("blanks.json", " " * 20 + "[]" + "\n" * 100),
+        ("bom.xml", "\ufeff<a></a>" + "\n" * 100),
+        ("wide.csv", "a;b"),
+    ],
+    ids=["html", "text around html", "blanks around json", "xml", "csv"],
+)
+def test_a_readable_file_of_somebody_elses_is_not_taken_for_a_damaged_one(name, content):
+    if name.rpartition(".")[2] not in prefect_ds._FILE_TYPES:
+        pytest.skip("This pandas has no such file type.")
+    Path(name).write_text(content, "utf-8")
+    PandasResult(name)._check_ends(name)
+
+
+def test_what_was_written_at_the_same_time_is_not_out_of_date(log):
+    with Flow("same time") as flow:
+        first = Calls().make(**stored("z.pkl"))(1)
+        task(lambda x: x, name="second", **stored("a.pkl"))(first)
+    run(flow)
+    for name in files():
+        os.utime(name, (1, 1))
+    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
+
+
+def test_a_function_for_a_path_gets_no_frame_that_it_does_not_name(log):
+    if not prefect_ds._FLOW_RUNNER_MAPS:
+        pytest.skip("Below Prefect 0.12 locations are not callable.")
+
+    def path(i, **fields):
+        assert fields["frame"] is None
+        return f"{i}.pkl"
+
+    with Flow("function") as flow:
+        first = Calls().make(**stored("first.pkl"))(1)
+        second = task(
+            lambda frame, i: frame, name="second", **{STORAGE: PandasResult(path, "pickle")}
+        )
+        second(first, 7)
+    for _ in range(2):
+        assert run(flow).is_successful()
+    assert files_read(log) == []
+
+
+def test_a_file_is_found_again_after_a_task_has_changed_the_folder(empty_folder):
+    with Flow("moves") as flow:
+        made = Calls().make(**stored("data.pkl"))(1)
+        moved = task(lambda: os.chdir("/"), name="move")(upstream_tasks=[made])
+        last = task(lambda frame: len(frame), name="last")(made, upstream_tasks=[moved])
+    for _ in range(2):
+        os.chdir(str(empty_folder))
+        assert run(flow).result[last].result == 3
+
+
+# As a Result of Prefect's own ----------------------------------------------------------------
+
+
+def month_file(**fields):
+    return "out/{month}.bin".format(**fields)
+
+
+def both_results(location, **kwargs):
+    """Prefect's own, and ours, which differs in nothing but what is in the file."""
+    return [
+        LocalResult(dir=os.path.join(os.getcwd(), "local"), location=location, **kwargs),
+        PandasResult(location=location, file_type="pickle", **kwargs),
+    ]
+
+
+def said_location(result):
+    """Without the folder that is in front of what `LocalResult` has written."""
+    folder = os.path.join(os.getcwd(), "local", "")
+    return result.location and result.location.replace(folder, "")
+
+
+@from_0_11
+@pytest.mark.parametrize(
+    "location",
+    ["out/{month}.bin", "out/3.bin", pytest.param(month_file, marks=from_0_12)],
+    ids=["template", "plain", "callable"],
+)
+@pytest.mark.parametrize("dumps", [None, pickle.dumps, cloudpickle.dumps], ids=str)
+def test_a_result_does_what_prefects_does(location, dumps):
+    said = []
+    for result in both_results(location):
+        if dumps:
+            result = pickle.loads(dumps(result))
+        path = "out/{month}.bin"
+        before = result.exists(path, month=3)
+        formatted = result.format(month=3)
+        written = result.write(FRAME, month=3)
+        read = result.read("out/3.bin")
+        with_value = written.from_value(FRAME)
+        twin = result.copy()
+        said.append(
+            [
+                (before, result.exists(path, month=3), result.exists("out/3.bin")),
+                [said_location(r) for r in (formatted, written, read, with_value, twin, result)],
+                [type(r) is type(result) for r in (formatted, written, read, with_value, twin)],
+                [r.value is FRAME for r in (formatted, written, with_value, twin, result)],
+                (read.value is not FRAME, read.value.equals(FRAME)),
+                twin is result,
+            ]
+        )
+    assert said[0] == said[1]
+
+
+def runs_on_prefect(build, result):
+    """Of two runs on Prefect's own runners: types of states, frames, where they are."""
+    told = []
+    for _ in range(2):
+        with Flow("plain") as flow:
+            made = build(result)
+        state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
+        for end in getattr(state.result[made], "map_states", [state.result[made]]):
+            assert end.is_successful(), repr(end.result)
+            told.append((type(end).__name__, end.result.id[0], said_location(end._result)))
+    return told
+
+
+def by_id_and_index(id, map_index, **fields):
+    return f"{id}_{map_index}.bin"
+
+
+def at_a_location(result):
+    return Calls().make(result=result)(3)
+
+
+def at_a_target_of_context(result):
+    return Calls().make(result=result, target="{task_name}.bin")(3)
+
+
+def mapped_to_targets(result):
+    return Calls().make(result=result, target="{map_index}.bin").map([3, 4])
+
+
+def at_a_target_of_arguments(result):
+    return Calls().make(result=result, target="{id}.bin")(3)
+
+
+def at_a_callable_target(result):
+    return Calls().make(result=result, target=lambda id, **fields: f"{id}.bin")(3)
+
+
+PLACES = [
+    at_a_target_of_context,
+    mapped_to_targets,
+    # Prefect 0.11 fills targets from its context only.
+    pytest.param(at_a_target_of_arguments, marks=from_0_12),
+    pytest.param(at_a_callable_target, marks=from_0_12),
+]
+
+
+@from_0_11
+@pytest.mark.parametrize("build", PLACES)
+def test_a_target_is_loaded_in_the_next_run_as_with_prefects(build):
+    local, ours = (runs_on_prefect(build, result) for result in both_results(None))
+    assert ours == local
+    assert {"Success", "Cached"} == {kind for kind, _, _ in ours}
+
+
+@from_0_11
+@pytest.mark.parametrize(
+    "location",
+    ["{task_name}.bin", pytest.param(by_id_and_index, marks=from_0_12)],
+    ids=["template", "callable"],
+)
+def test_a_location_is_filled_as_with_prefects(location):
+    local, ours = (runs_on_prefect(at_a_location, result) for result in both_results(location))
+    assert ours == local
+
+
+@from_0_11
+def test_storage_of_the_flow_is_a_result_of_prefects():
+    with Flow("flow", result=PandasResult("{task_name}.csv")) as flow:
+        made = Calls().make()(1)
+    state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
+    assert state.result[made]._result.location == "make.csv" and files() == ["make.csv"]
+    assert_frame_equal(PandasResult().read("make.csv").value, FRAME.assign(id=1))
+
+
+@from_0_11
+def test_is_a_result_of_prefects_on_dask_processes():
+    with Flow("processes") as flow:
+        made = Calls().make(result=PandasResult(), target="{map_index}.csv").map([1, 2])
+    executor = dask_executor(processes=True, threads_per_worker=1)
+    state = FlowRunner(flow).run(
+        return_tasks=[made], executor=executor, context={"checkpointing": True}
+    )
+    assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
+    assert files() == ["0.csv", "1.csv"]
+
+
+@from_0_11
+def test_the_file_type_follows_the_target():
+    with Flow("types") as flow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Prefect says that the target goes before the location.
+        Calls().make(result=PandasResult("data.csv"), target="data.pkl")(1)
+    assert FlowRunner(flow).run(context={"checkpointing": True}).is_successful()
+    assert_frame_equal(pandas.read_pickle("data.pkl"), FRAME.assign(id=1))
+
+
+@from_0_11
+@pytest.mark.parametrize("runner", [DSFlowRunner, FlowRunner])
+def test_a_target_cannot_lead_out_of_its_folder(runner):
+    FRAME.to_csv("secret.csv")
+    os.mkdir("in")
+    with Flow("outside") as flow:
+        calls = Calls()
+        result = calls.make(result=PandasResult(), target="in/{who}.csv")(1)
+    state = runner(flow).run(
+        return_tasks=[result], context={"checkpointing": True, "who": "../secret"}
+    )
+    error = failed(state, result)
+    assert "leads out of the folder" in str(error) and calls == []
+
+
+@from_0_11
+@pytest.mark.parametrize("executor", ["local", "threads"])
+def test_a_callable_path_is_called_with_the_arguments(executor):
+    with Flow("callable") as flow:
+        calls = Calls()
+        path = PandasResult(lambda id, task_name, **fields: f"{task_name}/{id}.csv")
+        made = calls.make(result=path).map([1, 2])
+    for _ in range(2):
+        state = run(flow, executor=EXECUTORS[executor]())
+        assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
+    assert sorted(calls) == [1, 2] and files("make") == ["1.csv", "2.csv"]
+
+
+@from_0_11
+def test_a_callable_path_that_fails_fails_the_task():
+    with Flow("callable") as flow:
+        calls = Calls()
+        result = calls.make(result=PandasResult(lambda **fields: fields["nowhere"]))(1)
+    assert isinstance(failed(run(flow), result), KeyError)
+    assert calls == [] and files() == []
+
+
+@from_0_11
+def test_a_task_may_write_other_files_by_fields_of_its_own():
+    @task(result=PandasResult("{id}.csv"))
+    def write(id):
+        other = PandasResult("other_{id}_{n}.csv")
+        locations = [other.write(FRAME, n=n).location for n in (1, 2)]
+        locations += [other.write(FRAME, n=3, id="given").location]
+        assert locations == ["other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
+        return FRAME
+
+    with Flow("others") as flow:
+        write.map([7])
+    assert run(flow).is_successful()
+    assert files() == ["7.csv", "other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
+
+
+@from_0_12
+def test_an_argument_that_is_none_is_filled_in_as_with_prefects():
+    @task(name="made")
+    def write(today):
+        return FRAME.assign(id=1)
+
+    def with_none(result):
+        write.result = result
+        return write(None)
+
+    local, ours = (runs_on_prefect(with_none, r) for r in both_results("{today}.bin"))
+    assert ours == local
+
+
+with_and_without_handler = pytest.mark.parametrize(
+    "handlers", [[], [checkpoint_handler]], ids=["checkpointing", "handler"]
+)
+
+
+@from_0_11
+@with_and_without_handler
+def test_a_target_is_filled_from_defaults_and_loaded(handlers):
+    @task(result=PandasResult(), target="{task_name}_{id}_{size}.csv")
+    def make(id, size="large"):
+        calls.append(id)
+        return FRAME
+
+    calls = []
+    with Flow("defaults") as flow:
+        plain, children = make(1), make.map([2, 3])
+    kinds = []
+    for _ in range(2):
+        state = run(flow, context={"checkpointing": True}, task_runner_state_handlers=handlers)
+        assert state.is_successful()
+        assert_frame_equal(state.result[plain].result, FRAME)
+        states = [state.result[plain], *state.result[children].map_states]
+        kinds += [type(state).__name__ for state in states]
+    assert kinds == ["Success"] * 3 + ["Cached"] * 3 and sorted(calls) == [1, 2, 3]
+    assert files() == ["make_1_large.csv", "make_2_large.csv", "make_3_large.csv"]
+
+
+@from_0_11
+@with_and_without_handler
+def test_the_file_of_a_target_belongs_to_one_task_run(handlers):
+    shared = PandasResult()
+    with Flow("shared") as flow:
+        calls = []
+        storing(calls, "a", result=shared, target="a.csv")(1)
+        storing(calls, "b", result=shared, target="b.csv")(1)
+        clash = storing(calls, "make", result=shared, target="c{x:.0f}.csv").map([1, 1.1])
+    for _ in range(2):
+        state = run(
+            flow,
+            executor=EXECUTORS["threads"](),
+            context={"checkpointing": True},
+            task_runner_state_handlers=handlers,
+        )
+        assert sum(child.is_failed() for child in state.result[clash].map_states) == 1
+        assert "belongs to the task run 'make[" in "".join(
+            str(child.result) for child in state.result[clash].map_states if child.is_failed()
+        )
+    assert len(calls) == 3 and files() == ["a.csv", "b.csv", "c1.csv"]
+    for name in "ab":
+        assert pandas.read_csv(name + ".csv").run[0].startswith(name)
+
+
+@from_0_11
+@with_and_without_handler
+def test_a_damaged_file_of_a_target_is_kept_beside_the_new_one(handlers, log):
+    Path("data.pkl").write_bytes(b"damaged")
+    with Flow("damaged") as flow:
+        calls = Calls()
+        result = calls.make(result=PandasResult(), target="data.pkl")(1)
+    for _ in range(2):
+        state = run(flow, context={"checkpointing": True}, task_runner_state_handlers=handlers)
+        assert_frame_equal(state.result[result].result, FRAME.assign(id=1))
+    (kept,) = set(files()) - {"data.pkl"}
+    assert Path(kept).read_bytes() == b"damaged" and calls == [1]
+    assert log(logging.WARNING).count("data.pkl is there, but cannot be read") == 1
+
+
+# Which file belongs to which task run --------------------------------------------------------
+
+on_local_and_threads = pytest.mark.parametrize("executor", ["local", "threads"])
+
+
+def mapping(path, *values):
+    return lambda calls: storing(calls, **stored(path)).map(*map(list, values))
+
+
+def two_tasks(calls):
+    storing(calls, "a", **stored("out.csv"))(1)
+    storing(calls, "b", **stored("out.csv"))(1)
+
+
+def a_task_and_its_reader(calls):
+    storing(calls, "b", **stored("out.csv"))(storing(calls, "a", **stored("out.csv"))(1))
+
+
+def two_tasks_of_a_flow_with_storage(calls):
+    setattr(prefect.context.flow, STORAGE, PandasResult("{x}.csv"))
+    storing(calls, "clean")(1, y=storing(calls, "load")(1))
+
+
+def one_task_twice(calls):
+    make = storing(calls, **stored("out.csv"))
+    make(1)
+    make(2)
+
+
+def one_task_twice_with_frames(calls):
+    make = storing(calls, **stored("out.csv"))
+    for n in (1, 2):
+        make(Calls().make()(n))
+
+
+def one_task_twice_with_large_constants(calls):
+    make = storing(calls, **stored("out.csv"))
+    for n in (1, 2):
+        make(FRAME.assign(n=n))
+
+
+def one_function_in_two_tasks(calls):
+    make = storing(calls).run
+
+    def making(n):
+        return task(name="make", **stored("out.csv"))(lambda: make(n))
+
+    making(1)()
+    making(2)()
+
+
+def one_function_with_other_keyword_arguments(calls):
+    make = storing(calls).run
+    for kwargs in ({}, {"read_kwargs": {"comment": "#"}}):
+        task(make, name="make", **stored("out.csv", **kwargs))(1)
+
+
+def tasks_with_other_attributes(calls):
+    class Make(Task):
+        def __init__(self, x, **kwargs):
+            self.x = x
+            super().__init__(**kwargs)
+
+        def run(self):
+            return storing(calls).run(self.x)
+
+    for x in (1, "1"):
+        prefect.context.flow.add_task(Make(x, **stored("out.csv")))
+
+
+def a_linked_folder(calls):
+    Path("real").mkdir()
+    os.symlink("real", "link")
+    storing(calls, "a", **stored("real/out.csv"))(1)
+    storing(calls, "b", **stored("link/out.csv"))(1)
+
+
+def a_linked_file(calls):
+    os.symlink("out.csv", "link.csv")
+    a = storing(calls, "a", **stored("out.csv"))(1)
+    storing(calls, "b", **stored("link.csv"))(1, upstream_tasks=[a])
+
+
+def two_spellings(calls):
+    storing(calls, "a", **stored("out.csv"))(1)
+    storing(calls, "b", **stored(os.path.abspath("out.csv")))(1)
+
+
+def a_function_that_ignores_the_arguments(calls):
+    storing(calls, **stored(lambda **fields: "out.csv")).map([1, 2])
+
+
+CLASHES = {
+    "width": mapping("{x:0<2}.csv", ["1", "10"]),
+    "month": mapping("{x:%Y-%m}.csv", [datetime.date(2020, 2, 3), datetime.date(2020, 2, 4)]),
+    "item": mapping("{x[region]}.csv", [{"region": 1, "id": 1}, {"region": 1, "id": 2}]),
+    "joined": mapping("{x[0]}_{x[1]}.csv", [("x", "y_z"), ("x_y", "z")]),
+    "type": mapping("{x}.csv", [1, "1"]),
+    "rounded": mapping("{x:.2f}.csv", [0.001, 0.002]),
+    "slashes": mapping("in/{x}.csv", ["a/b", "a//b"]),
+    "unnamed": mapping("{x}.csv", [1, 1], [2, 3]),
+    "objects": mapping("{x.n}.csv", [Numbered(1), Numbered(1)]),
+}
+CLASHES.update(
+    (build.__name__, build)
+    for build in (
+        two_tasks,
+        a_task_and_its_reader,
+        two_tasks_of_a_flow_with_storage,
+        one_task_twice,
+        one_task_twice_with_frames,
+        one_task_twice_with_large_constants,
+        one_function_in_two_tasks,
+        one_function_with_other_keyword_arguments,
+        tasks_with_other_attributes,
+        two_spellings,
+    )
+)
+CLASHES.update(
+    (build.__name__, pytest.param(build, marks=mark))
+    for build, mark in (
+        (a_linked_folder, takes_posix),
+        (a_linked_file, takes_posix),
+        (a_function_that_ignores_the_arguments, from_0_11),
+    )
+)
+
+
+def all_states(flow_state):
+    tops = flow_state.result.values()
+    return [state for top in tops for state in getattr(top, "map_states", [top])]
+
+
+@on_local_and_threads
+@pytest.mark.parametrize("build", CLASHES.values(), ids=list(CLASHES))
+def test_a_file_belongs_to_one_task_run(build, executor):
+    calls = []
+    with Flow("clash") as flow:
+        build(calls)
+    for _ in range(2):
+        state = run(flow, executor=EXECUTORS[executor]())
+        failures = [state for state in all_states(state) if state.is_failed()]
+        assert state.is_failed() and len(failures) == 1
+        assert "belongs to the task run" in str(failures[0].result)
+        assert str(failures[0].result).count(".csv") == 1
+        # Who came second neither ran nor wrote, not even in the second run.
+        assert len(calls) == 1 and set(written()) == {" ".join(map(str, calls[0]))}
+
+
+@on_local_and_threads
+def test_the_same_task_with_equal_arguments_may_share_a_file(executor):
+    anything = object()
+
+    @task(name="join", **stored("joined.csv"))
+    def join(parts, one, how=anything):
+        return pandas.concat([*parts, one])
+
+    with Flow("combined") as flow:
+        parts = task(lambda: [FRAME, FRAME], name="parts")()
+        for _ in range(2):
+            join([parts[0], parts[1]], parts[0])
+    for _ in range(2):
+        assert run(flow, executor=EXECUTORS[executor]()).is_successful()
+    with Flow("combined otherwise") as flow:
+        parts = task(lambda: [FRAME, FRAME], name="parts")()
+        join([parts[0], parts[1]], parts[0])
+        join([parts[1], parts[0]], parts[0])
+    state = run(flow, executor=EXECUTORS[executor]())
+    failures = [state for state in all_states(state) if state.is_failed()]
+    assert len(failures) == 1 and "belongs to the task run" in str(failures[0].result)
+    Path("joined.csv").unlink()
+
+    with Flow("shared") as flow:
+        calls = Calls()
+        make = calls.make(**stored("{id}.csv"))
+        frame = storing(calls, "frame")(0)
+        clean = storing(calls, "clean", **stored("clean.csv"))
+        for _ in range(2):
+            make(1)
+            make.map([2, 2])
+            make([{"x": 3}, datetime.date(2020, 2, 3), None])
+            clean(frame)
+    for _ in range(2):
+        assert run(flow, executor=EXECUTORS[executor]()).is_successful()
+    # Two that run at once may both run.
+    told = {str(call[:2] if isinstance(call, tuple) else call) for call in calls}
+    stored_calls = {call for call in told if "frame" not in call}
+    assert len(stored_calls) == len(files()) == 4
+
+
+def test_a_file_belongs_to_one_task_run_only_as_long_as_its_flow_runs():
+    def claimed():
+        every = [known.get("claims", {}) for known in prefect_ds._known.values()]
+        return {claim.file for claims in every for _, claim in claims.values()}
+
+    before = claimed()  # A worker in this process may still have those of the last flow runs.
+    with Flow("parameter") as flow:
+        calls = Calls()
+        calls.make(**stored("out.csv"))(Parameter("id", default=0))
+    for id in (1, 2):
+        context = {"recompute": "make"}
+        assert run(flow, parameters={"id": id}, context=context).is_successful()
+        start = {"scheduled_start_time": pendulum.datetime(2020, 2, 3)}
+        state = FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
+            parameters={"id": id},
+            context={**context, **start},
+            task_runner_state_handlers=[checkpoint_handler],
+        )
+        assert state.is_successful()
+    del state, start
+    gc.collect()
+    assert calls == [1, 1, 2, 2] and claimed() <= before
+
+
+def test_a_file_still_belongs_to_a_task_run_in_later_rounds():
+    attempts = []
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def flaky():
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise ValueError("not yet")
+        return 2
+
+    with Flow("rounds") as flow:
+        calls = []
+        make = storing(calls, **stored("out.csv"))
+        first, second = make(1), make(flaky())
+    state = run(flow)
+    assert state.result[first].is_successful() and len(calls) == 1
+    assert "belongs to the task run 'make'" in str(failed(state, second))
+
+
+def test_a_plain_task_runner_cannot_tell_arguments_and_shares_no_file():
+    with Flow("plain") as flow:
+        calls = Calls()
+        make = calls.make(**stored("data.csv"))
+        made = [make(1), make(2)]
+    state = FlowRunner(flow).run(return_tasks=made, task_runner_state_handlers=[checkpoint_handler])
+    assert state.is_failed() and len(calls) == 1
+
+
+def test_flows_that_run_at_once_do_not_take_files_from_each_other():
+    with Flow("parameter") as flow:
+        Calls().make(**stored("out.csv"))(Parameter("id"))
+
+    def run_it(id):
+        return run(flow, parameters={"id": id}, context={"recompute": "make"})
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(state.is_successful() for state in pool.map(run_it, range(24)))
+
+
+def test_a_flow_within_a_task_has_files_of_its_own():
+    calls = []
+
+    @task(name="make", **stored("{x}.csv"))
+    def outer(x):
+        with Flow("outer") as inner:
+            storing(calls, **stored("inner_{x}.csv"))(x + 1)
+        assert run(inner).is_successful()
+        with Flow("plain") as inner:
+            storing(calls, **stored("plain.csv"))(x + 1)
+        handlers = [checkpoint_handler]
+        assert FlowRunner(inner).run(task_runner_state_handlers=handlers).is_successful()
+        return FRAME
+
+    with Flow("outer") as flow:
+        outer.map([1])
+    assert run(flow).is_successful()
+    assert files() == ["1.csv", "inner_2.csv", "plain.csv"]
+
+
+@pytest.mark.parametrize("dumps", [pickle.dumps, cloudpickle.dumps, copy.copy])
+def test_states_tell_which_file_belongs_to_the_task_run(dumps):
+    def states(build):
+        with Flow("claims") as flow:
+            build([])
+        state = run(flow)
+        copies = [dumps(state) for state in all_states(state)]
+        return [pickle.loads(c) if isinstance(c, bytes) else c for c in copies]
+
+    one, other = states(mapping("{x}.csv", [1, 2])), states(mapping("{x}.csv", [3, 4]))
+    assert prefect_ds._settle_claims(one + one + other) is None
+    again = states(mapping("{x}.csv", [1], [5]))
+    message = prefect_ds._settle_claims(one + other + again)
+    assert os.path.realpath("1.csv") in message and "'make[0]'" in message
+
+
+@purges_on_dask
+def test_a_file_of_two_task_runs_in_processes_fails_the_flow(processes, empty_folder):
+    with Flow("processes") as flow:
+        a = Calls().make("a", **stored(str(empty_folder / "out.csv")))(1)
+        calls = Calls()
+        b = calls.make("b", **stored(str(empty_folder / "out.csv")))(2, upstream_tasks=[a])
+        calls.make("shared", **stored(str(empty_folder / "{id}.csv"))).map([1, 1])
+    state = run(flow, executor=InOnePool(processes))
+    # The process of `b` knows of `a` if that ran there; else it is noticed in the end.
+    said = f"{state.message} {state.result[b].message}"
+    assert state.is_failed() and "out.csv belongs to the task run 'a'" in said
+    assert set(state.result) == flow.tasks and b in state.result
+    flow.tasks.discard(a)
+    flow.edges.clear()
+    flow._cache.clear()
+    assert run(flow, executor=InOnePool(processes)).is_successful()
+
+
+@purges_on_dask
+def test_a_file_of_two_task_runs_is_set_aside_in_the_end(empty_folder):
+    path = str(empty_folder / "out.csv")
+    started = str(empty_folder / "noted-")
+
+    def make(name, id):
+        # Each runs in a process of its own, and both have looked for the file before it is there.
+        def made():
+            Path(started + name).touch()
+            wait_until(lambda: all(os.path.exists(started + n) for n in "ab"))
+            return pandas.DataFrame({"x": [id]})
+
+        return task(made, name=name, **stored(path))()
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def flaky():  # so that there are two rounds
+        if not os.path.exists(started + "flaky"):
+            Path(started + "flaky").touch()
+            raise ValueError("not yet")
+
+    with Flow("two") as flow:
+        make("a", 1), make("b", 2), flaky()
+    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
+    message = run(flow, executor=executor).message
+    aside = re.search(r"It is now (.*\.unreadable-\S+), since", message).group(1)
+    assert len(pandas.read_csv(aside)) == 1 and not os.path.exists(path)
+
+
+def test_two_calls_of_one_task_with_one_path_are_told_apart():
+    with Flow("two") as flow:
+        twice = Calls().make(**stored("out.csv"))
+        first, second = twice(1), twice(2)
+    result = run(flow).result
+    (message,) = [result[t].message for t in (first, second) if result[t].is_failed()]
+    assert len(set(re.findall(r"task run 'make' \((.+?)\)", message))) == 2
+
+
+def test_a_task_whose_file_is_gone_at_once_has_succeeded():
+    class OnAMovingDisk(PandasResult):
+        def _save(self, frame, location):
+            gives_it_back = super()._save(frame, location)
+            os.remove(location)
+            return gives_it_back
+
+    with Flow("gone") as flow:
+        result = Calls().make(**{STORAGE: OnAMovingDisk("data.csv")})(1)
+    state = run(flow)
+    assert state.is_successful() and int(state.result[result].result.id[0]) == 1
+
+
+@takes_flatten
+@pytest.mark.parametrize("where", ["pool", "cluster"])
+def test_what_begins_with_flattening_has_a_context(where, processes):
+    with Flow("later round") as flow:
+        lists = task(lambda: [[1], [2]], name="lists")()
+        result = task(lambda x: prefect.context.get("flow_name")).map(prefect.flatten(lists))
+    executor = InOnePool(processes) if where == "pool" else EXECUTORS["dask"]()
+    given = {lists: Success(result=[[1], [2]])}
+    state = DSFlowRunner(flow).run(task_states=given, return_tasks=[result], executor=executor)
+    assert state.result[result].result == ["later round"] * 2
+
+
+def test_what_is_known_of_a_task_run_is_not_in_what_prefect_pickles():
+    seen = []
+
+    def look(task_runner, old_state, new_state):
+        if prefect.context.get("task_name") == "timed" and new_state.is_running():
+            seen.append(prefect.context.to_dict())
+
+    with Flow("timed") as flow:
+        calls = Calls()
+        calls.make("timed", timeout=60, **stored("{id}.csv"))(calls.make()(1))
+    Path("unreadable.csv").touch()
+    run(flow, task_runner_state_handlers=[checkpoint_handler, look])
+    (context,) = seen
+    assert not [key for key in context if "prefect_ds" in key]
+    assert b"prefect_ds" not in cloudpickle.dumps(context)
+
+
+# A task whose file is there is not run -------------------------------------------------------
 
 FOUND = "Found {}, which is read when somebody asks for it."
 
@@ -2903,1013 +4032,7 @@ def test_processes_of_an_executor_write_and_find_the_files(processes, empty_fold
         assert files() == ["data_1.csv", "data_2.csv"]
 
 
-# What is stored lives in its file -----------------------------------------------------------
-
-
-def files_read(log):
-    """The names of the files that were read, in their order."""
-    lines = [line for line in log(logging.INFO).splitlines() if ": Loaded " in line]
-    return [os.path.basename(line.partition(": Loaded ")[2]) for line in lines]
-
-
-def run_by_prefects(flow, **kwargs):
-    """By Prefect's own flow runner, and `DSTaskRunner`."""
-    return FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
-        return_tasks=flow.tasks, task_runner_state_handlers=[checkpoint_handler], **kwargs
-    )
-
-
-def two_maps_and_more():
-    """Maps, a reduce, a list and a dictionary of tasks, of which each is stored."""
-
-    def make(name, path):
-        @task(name=name, **stored(path))
-        def made(x=0):
-            return pandas.DataFrame({"sum": [sum_of(x)]})
-
-        return made
-
-    with Flow("stored") as flow:
-        load = make("load", "load_{map_index}.pkl").map([1, 2, 3])
-        clean = make("clean", "clean_{map_index}.pkl").map(load)
-        total = make("total", "total.pkl")(clean)
-        in_list = make("list", "list.pkl")([load, total])
-        flow.last = make("dict", "dict.pkl")({"a": in_list, "b": [total]})
-    return flow
-
-
-def sum_of(x):
-    """The sum of all numbers in frames, and in collections of them."""
-    if isinstance(x, pandas.DataFrame):
-        return int(x.to_numpy().sum())
-    if isinstance(x, dict):
-        return sum_of(list(x.values()))
-    return sum(map(sum_of, x)) if isinstance(x, (list, tuple)) else x
-
-
-@pytest.mark.parametrize("run_by", [run, run_by_prefects])
-@on_each_executor
-def test_reads_only_what_a_task_that_runs_asks_for(executor, run_by, log):
-    flow = two_maps_and_more()
-    first = run_by(flow, executor=executor())
-    assert sum_of(first.result[flow.last].result) == 18
-    for deleted, expected in [
-        ([], []),
-        (["list.pkl"], ["load_0.pkl", "load_1.pkl", "load_2.pkl", "total.pkl"]),
-        (["clean_1.pkl"], ["load_1.pkl"]),
-        (["clean_2.pkl", "total.pkl"], ["clean_0.pkl", "clean_1.pkl", "load_2.pkl"]),
-    ]:
-        for name in deleted:
-            os.remove(name)
-        before = len(files_read(log))
-        state = run_by(flow, executor=executor())
-        read = set(files_read(log)[before:])
-        # On a cluster, what is written is read again by those who need it.
-        read -= set(deleted) if executor is EXECUTORS["dask"] else set()
-        assert sorted(read) == expected
-        assert state.is_successful() and sum_of(state.result[flow.last].result) == 18
-        assert files_read(log)[-1] == "dict.pkl"
-    if executor is not EXECUTORS["dask"]:
-        lists = [s.result for t, s in state.result.items() if t.name == "clean"]
-        assert sum_of(lists) == 6
-
-
-@pytest.mark.parametrize("executor", ["local", "threads", "dask"])
-def test_any_stored_flow_opens_only_what_it_must(executor, log):
-    first_seed = int(os.environ.get("PREFECT_DS_SEED", 0))
-    for seed in range(first_seed, first_seed + max(2, _EXAMPLES // 4)):
-        os.mkdir(str(seed))
-        os.chdir(str(seed))
-        dice = random.Random(seed)
-        flow, plan = drawn_flow(dice)
-        ours = EXECUTORS[executor]()
-        first = outcome_of(flow, run(flow, executor=ours))
-        deleted = {name for name in files() if dice.random() < 0.3}
-        for name in deleted:
-            os.remove(name)
-        before = len(files_read(log))
-        second = run(flow, executor=EXECUTORS[executor]())
-        read = set(files_read(log)[before:])
-        needed = files_that_must_be_read(plan, deleted)
-        # On a cluster, what is written is read again by those who need it.
-        read -= deleted if executor == "dask" else set()
-        assert read == needed, f"seed {seed}"
-        assert outcome_of(flow, second) == first, f"seed {seed}"
-        os.chdir("..")
-
-
-_Drawn = namedtuple("_Drawn", "name is_mapped is_stored inputs")
-
-
-def drawn_flow(dice):
-    """A flow of tasks that are stored or not, and how it was drawn."""
-    plan, results = [], []
-    with Flow("drawn") as flow:
-        for number in range(dice.randrange(3, 9)):
-            inputs = dice.sample(range(number), min(number, dice.randrange(3)))
-            is_mapped = dice.random() < 0.5
-            is_stored = dice.random() < 0.6
-            drawn = _Drawn(f"t{number}", is_mapped, is_stored, [plan[i] for i in inputs])
-            path = drawn.name + ("_{map_index}.pkl" if is_mapped else ".pkl")
-
-            @task(name=drawn.name, **(stored(path) if is_stored else {}))
-            def made(n, x=0, y=0):
-                return pandas.DataFrame({"sum": [n + sum_of(x) + sum_of(y)]})
-
-            n = [number, 1, 2] if is_mapped else number
-            arguments = {}
-            for key, i in zip("xy", inputs):
-                as_list = dice.random() < 0.3
-                value = results[i]
-                if not is_mapped or not plan[i].is_mapped:
-                    value = [value, 1] if as_list else value
-                    value = unmapped(value) if is_mapped else value
-                arguments[key] = value
-            results.append(made.map(n, **arguments) if is_mapped else made(n, **arguments))
-            plan.append(drawn)
-    return flow, plan
-
-
-def files_that_must_be_read(plan, deleted):
-    def runs(drawn):
-        """Pairs of a name of a file and whether its task run takes place."""
-        ends = [f"_{i}.pkl" for i in range(3)] if drawn.is_mapped else [".pkl"]
-        names = [drawn.name + end for end in ends]
-        return [(name, not drawn.is_stored or name in deleted) for name in names]
-
-    needed = set()
-    for drawn in plan:
-        for index, (_, takes_place) in enumerate(runs(drawn)):
-            for upstream in drawn.inputs if takes_place else []:
-                items = runs(upstream)
-                if drawn.is_mapped and upstream.is_mapped:
-                    items = items[index : index + 1]
-                needed |= {name for name, was_run in items if not was_run}
-    return needed
-
-
-def outcome_of(flow, state):
-    terminal = flow.terminal_tasks()
-    return {
-        task.name: (type(s).__name__, sum_of(s.result) if task in terminal else None)
-        for task, s in state.result.items()
-        if not task.name.startswith(("List", "Constant"))
-    }
-
-
-tables = []
-
-
-def table(frame=None):
-    """A frame that is counted while it is alive."""
-    new = pandas.DataFrame({"x": [1]})
-    tables.append(weakref.ref(new))
-    return new
-
-
-def tables_alive():
-    return sum(ref() is not None for ref in tables)
-
-
-@pytest.fixture
-def counted_tables(counted):
-    tables.clear()
-
-
-@pytest.mark.parametrize("executor", ["local", "threads"])
-def test_what_was_written_is_dropped_also_at_the_end_of_a_map(executor, counted_tables):
-    peak = []
-
-    @task(**stored("{i}.pkl"))
-    def write(frame, i):
-        peak.append(tables_alive())
-        return table(frame)
-
-    @task
-    def load(i):
-        return table()
-
-    with Flow("writes") as flow:
-        numbers = list(range(10))
-        written = write.map(load.map(numbers), numbers)
-    state = run(flow, executor=EXECUTORS[executor]())
-    if executor == "local" or PURGES_ON_DASK:
-        assert max(peak) <= (2 if executor == "local" else 6) and tables_alive() == 0
-    assert [len(frame) for frame in state.result[written].result] == [1] * 10
-    assert tables_alive() <= (0 if executor == "local" or PURGES_ON_DASK else 20)
-
-
-def test_any_stored_result_is_there_after_the_run(counted_tables):
-    make = task(table, name="make", **stored("make.pkl"))
-    with Flow("any") as flow:
-        plain = task(table)()
-        first = make(plain)
-        task(table)(first)
-    state = run(flow)
-    assert state.result[plain]._result is PurgedResult
-    assert len(state.result[first].result) == 1
-
-
-def test_what_a_file_does_not_keep_stays_in_memory(counted_tables):
-    indexed = pandas.DataFrame({"x": [1]}, index=["a"])
-    with Flow("stays") as flow:
-        lossy = task(lambda: indexed, name="lossy", **stored("lossy.csv"))()
-        tagged = task(table, name="tagged", tags=["prefect-ds:keep"], **stored("tagged.pkl"))()
-    state = run(flow)
-    assert state.result[lossy].result is indexed
-    assert tables_alive() == 1 and len(state.result[tagged].result) == 1
-
-
-def test_what_a_retry_reads_again_is_dropped_until_then(counted_tables):
-    attempts, seen = [], []
-
-    @task(**stored("{i}.pkl"))
-    def load(i):
-        return table()
-
-    @task(max_retries=1, retry_delay=timedelta(0))
-    def fit(frame):
-        attempts.append(1)
-        seen.append(tables_alive())
-        if len(attempts) <= 5:
-            raise ValueError("not yet")
-        return len(frame)
-
-    with Flow("retried") as flow:
-        fitted = fit.map(load.map([1, 2, 3, 4, 5]))
-    state = run(flow)
-    assert state.result[fitted].result == [1] * 5 and max(seen) <= 1
-
-
-def test_a_state_travels_as_a_place():
-    with Flow("travels") as flow:
-        result = Calls().make(**stored("data.pkl"))(1)
-    for _ in range(2):
-        there = pickle.loads(pickle.dumps(run(flow).result[result]))
-        assert not isinstance(vars(there._result).get("_held"), pandas.DataFrame)
-        assert_frame_equal(there.result, FRAME.assign(id=1))
-
-
-@purges_on_dask
-def test_stored_frames_do_not_come_to_the_client(processes):
-    with Flow("processes") as flow:
-        result = task(many_rows, **stored("{i}.pkl")).map([1, 2])
-    for _ in range(2):
-        children = run(flow, executor=InOnePool(processes)).result[result].map_states
-        assert all(len(pickle.dumps(child)) < 10_000 for child in children)
-        assert [prefect_ds._at_hand(child._result) for child in children] == [None, None]
-        assert [len(child.result) for child in children] == [100_000] * 2
-
-
-def many_rows(i):
-    return pandas.DataFrame({"x": range(100_000)})
-
-
-def test_two_readers_at_once_share_a_frame(counted_tables, log):
-    logging.disable(logging.NOTSET)
-    seen, both = [], threading.Barrier(2, timeout=30)
-
-    @task
-    def look(frame):
-        seen.append(id(frame))
-        both.wait()
-
-    with Flow("share") as flow:
-        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
-        look(frame)
-        look(frame)
-    for _ in range(2):
-        seen.clear()
-        executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
-        assert run(flow, executor=executor).is_successful()
-        assert len(set(seen)) == 1
-    assert files_read(log) == ["data.pkl"]
-
-
-def test_an_item_of_a_stored_frame_is_nobodys_checkpoint():
-    with Flow("item") as flow:
-        frame = Calls().make(**stored("{task_name}_{id}.pkl"))(1)
-        result = task(lambda ids: int(ids.sum()), name="total")(frame["id"])
-    for _ in range(2):
-        assert run(flow).result[result].result == 3
-
-
-@on_each_that_purges
-def test_what_several_children_read_is_read_once(executor, log, counted_tables):
-    logging.disable(logging.NOTSET)
-    with Flow("shared") as flow:
-        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
-        lengths = task(lambda i, frame: len(frame), name="len")
-        result = lengths.map([1, 2, 3], unmapped(frame))
-    for _ in range(2):
-        assert run(flow, executor=EXECUTORS[executor]()).result[result].result == [1, 1, 1]
-        assert tables_alive() == 0
-    # On a cluster, what is written is read again by those who need it.
-    runs_that_read = 2 if executor == "dask" else 1
-    read = files_read(log)
-    assert set(read) == {"data.pkl"} and len(read) <= runs_that_read
-
-
-@purges_on_dask
-@pytest.mark.parametrize("where", ["pool", "cluster"])
-def test_each_process_reads_once_what_several_children_read(where, processes, empty_folder):
-    executor = InOnePool(processes)
-    if where == "cluster":
-        executor = dask_executor(processes=True, n_workers=2, threads_per_worker=1)
-    read_kwargs = {"converters": {"x": functools.partial(note_cell, str(empty_folder / "noted"))}}
-    with Flow("shared") as flow:
-        frame = task(
-            lambda: FRAME, **stored(str(empty_folder / "data.csv"), read_kwargs=read_kwargs)
-        )()
-        numbers = task(lambda i: i).map(list(range(12)))
-        result = task(lambda i, frame: frame.x[0] + i).map(numbers, unmapped(frame))
-    Path("data.csv").write_text("x\n7\n")
-    assert run(flow, executor=executor).result[result].result == list(range(7, 19))
-    assert 1 <= len(noted()) <= 2
-
-
-@purges_on_dask
-def test_workers_forget_what_children_have_shared(counted_tables):
-    with Flow("shared") as flow:
-        frame = task(lambda: table(), name="make", **stored("data.pkl"))()
-        result = task(lambda i, frame: i + len(frame)).map([1, 2, 3], unmapped(frame))
-    assert run(flow, executor=EXECUTORS["dask"]()).result[result].result == [2, 3, 4]
-    wait_until(lambda: not prefect_ds._files_here and not tables_alive())
-
-
-def note_cell(file, cell):
-    note(cell, file)
-    return int(cell)
-
-
-def test_what_was_found_holds_nothing_that_it_was_made_from(counted_tables):
-    with Flow("holds nothing") as flow:
-        parts = task(lambda i: table(), name="make").map([1, 2, 3])
-        joined = task(lambda parts: pandas.concat(parts), name="join", **stored("joined.pkl"))
-        result = task(lambda frame: len(frame), name="len")(joined(parts))
-        listed = task(lambda: [table(), table()], name="list")()
-        copied = task(lambda frame: frame * 2, name="copy", **stored("{map_index}.pkl"))
-        copied.map(listed)
-    for _ in range(2):
-        state = run(flow)
-        assert state.result[result].result == 3
-        del state.result[listed]
-        assert tables_alive() == 0
-
-
-def test_prefects_task_runner_gets_frames_from_our_states():
-    with Flow("theirs") as flow:
-        calls = Calls()
-        frames = [calls.make(**stored("{id}.pkl"))(i) for i in (1, 2)]
-        mapped = calls.make(name="mapped", **stored("mapped_{id}.pkl")).map([3, 4])
-        kind = task(lambda x: type(x).__name__, name="kind")
-        single, of_items = kind(frames[0]), kind.map(frames)
-        reduced = task(lambda xs: [type(x).__name__ for x in xs], name="kinds")(mapped)
-    for _ in range(2):
-        state = run(flow)
-    ends = {single, of_items, reduced}
-    given = {t: s for t, s in state.result.items() if t not in ends}
-    theirs = FlowRunner(flow).run(task_states=given, return_tasks=flow.tasks)
-    assert theirs.result[single].result == "DataFrame"
-    assert theirs.result[of_items].result == theirs.result[reduced].result == ["DataFrame"] * 2
-
-
-def test_maps_over_a_list_of_stored_tasks_and_reads_each_once(log):
-    with Flow("map over a list") as flow:
-        calls = Calls()
-        frames = [calls.make(**stored("{id}.pkl"))(i) for i in range(4)]
-        lengths = task(lambda frame: int(frame.id[0]), name="look").map(frames)
-    for _ in range(2):
-        assert run(flow).result[lengths].result == [0, 1, 2, 3]
-    assert files_read(log) == [f"{i}.pkl" for i in range(4)] and sorted(calls) == [0, 1, 2, 3]
-
-
-def test_who_is_handed_a_state_may_read_what_is_in_its_file():
-    seen = []
-
-    def trigger(upstream_states):
-        states = getattr(upstream_states, "values", lambda: upstream_states)()
-        seen.extend(sum_of(s.result) for s in states)
-        return True
-
-    with Flow("trigger") as flow:
-        many = task(lambda i: FRAME[["one"]] * i, name="many", **stored("many_{i}.pkl")).map([1, 2])
-        plain = task(lambda: FRAME[["one"]], name="plain", **stored("plain.pkl"))()
-        task(lambda a, b: None, name="last", trigger=trigger)(many, plain)
-    for _ in range(2):
-        assert run(flow).is_successful()
-    assert sum(seen) == 2 * (6 + 18)  # below 0.12 child by child
-
-
-def damage_the_middle(path):
-    """So that only reading the whole file can tell."""
-    Path(path).write_bytes(damage_the_middle_of(Path(path).read_bytes()))
-    return Path(path).read_bytes()
-
-
-def damage_the_middle_of(content):
-    return content[:4] + b"?" * (len(content) - 8) + content[-4:]
-
-
-@contextmanager
-def two_processes(where, pool):
-    """An executor for several flow runs in the same two processes."""
-    from distributed import Client
-
-    if where == "pool":
-        yield InOnePool(pool)
-        return
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with Client(processes=True, **options) as client:
-        yield DaskExecutor(address=client.scheduler.address)
-
-
-@purges_on_dask
-@pytest.mark.parametrize("where", ["pool", "cluster"])
-def test_what_made_a_damaged_file_runs_again_where_it_is_read(where, processes, empty_folder):
-    def path(name):
-        return str(empty_folder / name)
-
-    def make(number):
-        note(f"make {number}", path("noted"))
-        return pandas.DataFrame({"id": [number]})
-
-    def each(frame, id):
-        note(f"each {id}", path("noted"))
-        return frame.assign(id=id)
-
-    def damage():
-        damage_the_middle(path("2.pkl")), damage_the_middle(path("other.pkl"))
-
-    with Flow("damaged") as flow:
-        made = task(make, **stored(path("made.pkl")))(1)
-        many = task(each, **stored(path("{id}.pkl"))).map(unmapped(made), [2, 3])
-        other = task(make, name="other", **stored(path("other.pkl")))(2)
-        damaged = task(lambda many, now: now and damage(), name="damage")(
-            [many, other], Parameter("now")
-        )
-        last = task(sum_of_ids, name="last")(many, upstream_tasks=[damaged])
-        look = task(lambda i, frame: int(frame.id[0]) + i, name="look")
-        looks = look.map([1, 2], unmapped(other), upstream_tasks=[unmapped(damaged)])
-    with two_processes(where, processes) as executor:
-        state = run(flow, executor=executor, parameters={"now": True})
-        assert sorted(set(noted())) == ["each 2", "each 3", "make 1", "make 2"]
-        assert noted().count("each 2") == 2 and noted().count("each 3") == 1
-        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
-        Path("noted").unlink()
-        damage()
-        state = run(flow, executor=executor, parameters={"now": False})
-        assert sorted(set(noted())) == ["each 2", "make 2"] and noted().count("each 2") == 1
-        assert state.result[last].result == 5 and state.result[looks].result == [3, 4]
-    assert len([name for name in files() if ".unreadable-" in name]) == 2
-
-
-@pytest.mark.parametrize("executor", ["local", "threads"])
-def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
-    with Flow("damaged") as flow:
-        calls, later = Calls(), Calls()
-        first = calls.make(**stored("first_{id}.pkl")).map([1, 2])
-        second = task(lambda frame: later.append(1) or frame, **stored("second_{map_index}.pkl"))
-        second = second.map(first)
-        last = task(sum_of_ids)(second)
-    assert run(flow).result[last].result == 9
-    contents = {name: damage_the_middle(name) for name in ("first_1.pkl", "second_0.pkl")}
-    assert run(flow, executor=EXECUTORS[executor]()).result[last].result == 9
-    assert sorted(calls) == [1, 1, 2] and later == [1, 1, 1]
-    aside = [name for name in files() if ".unreadable-" in name]
-    assert len(aside) == 2 and len(files()) == 6
-    assert {Path(name).read_bytes() for name in aside} == set(contents.values())
-    assert "The task run 'make[0]' takes place again" in log(logging.WARNING)
-    assert run(flow).result[last].result == 9 and later == [1, 1, 1]
-
-
-def sum_of_ids(frames):
-    return sum(int(frame.id.sum()) for frame in frames)
-
-
-def test_a_reader_gets_no_signal_for_a_frame():
-    again = []
-
-    @task(**stored("data.pkl"))
-    def make():
-        if again:
-            raise signals.SKIP("nothing today")
-        return FRAME
-
-    with Flow("skips") as flow:
-        last = task(lambda frame: len(frame), name="last")(make())
-    run(flow)
-    again.append(True)
-    damage_the_middle("data.pkl")
-    state = run(flow)
-    assert state.is_failed() and "but came to <Skipped" in state.result[last].message
-
-
-def test_an_error_that_is_not_of_the_file_leaves_it_where_it_is(monkeypatch):
-    with Flow("errors") as flow:
-        last = task(lambda frame: len(frame), name="last")(Calls().make(**stored("data.csv"))(1))
-    run(flow)
-    content = Path("data.csv").read_bytes()
-    for error in (OSError(5, "Input/output error"), MemoryError(), PermissionError(13, "no")):
-
-        def fail(*args, error=error):
-            raise error
-
-        with monkeypatch.context() as patched:
-            patched.setattr(PandasResult, "_read", fail)
-            assert run(flow).result[last].is_failed()
-        assert files() == ["data.csv"] and Path("data.csv").read_bytes() == content
-    assert run(flow).result[last].result == 3
-
-
-def test_a_damaged_remote_file_is_computed_again():
-    fsspec = pytest.importorskip("fsspec")
-    path = "memory://damaged/data.pkl"
-    with Flow("remote") as flow:
-        calls = Calls()
-        last = task(lambda frame: len(frame), name="last")(calls.make(**stored(path))(1))
-    run(flow)
-    content = damage_the_middle_of(b"." * 90 + b".")
-    with fsspec.open(path, "wb") as opened:
-        opened.write(content)
-    for _ in range(2):
-        assert run(flow).result[last].result == 3 and calls == [1, 1]
-    filesystem, place = prefect_ds._filesystem(path, {})
-    there = [name for name in filesystem.find(os.path.dirname(place)) if "unread" in name]
-    assert len(there) == 1
-    with filesystem.open(there[0], "rb") as opened:
-        assert opened.read() == content
-
-
-def test_a_reader_of_a_damaged_file_says_so_where_its_task_cannot_run_again():
-    with Flow("damaged") as flow:
-        made = task(table)()
-        copied = task(lambda frame: frame.copy(), name="copy", **stored("data.pkl"))(made)
-        waits = task(lambda: None, name="wait")(upstream_tasks=[copied])
-        last = task(lambda frame: len(frame), name="last")(copied, upstream_tasks=[waits])
-    run(flow)
-    damage_the_middle("data.pkl")
-    state = run(flow)
-    assert state.is_failed() and state.result[last].is_failed()
-    message = str(state.result[last].message)
-    assert os.path.abspath("data.pkl") in message and "Run the flow once more" in message
-    assert len(files()) == 1 and ".unreadable-" in files()[0]
-    state = run(flow)
-    assert state.result[last].result == 1 and "data.pkl" in files()
-
-
-@pytest.mark.parametrize("file_type", sorted({*prefect_ds._FILE_TYPES} & {*prefect_ds._ENDS}))
-@pytest.mark.parametrize("damage_to", ["begin", "end", "all"])
-def test_what_a_file_begins_and_ends_with_is_checked_when_it_is_found(file_type, damage_to, log):
-    name = "data." + EXTENSIONS.get(file_type, file_type)
-    frame = FRAME.astype({"one": "int32"})
-    try:
-        PandasResult(name)._save(frame, name)
-    except ImportError as missing:
-        pytest.skip(f"pandas needs another package for {file_type}: {missing}")
-    PandasResult(name)._check_ends(name)
-    content = Path(name).read_bytes()
-    damaged = {"begin": b"\0" * 8 + content[8:], "end": content[:-3], "all": b""}[damage_to]
-    begins, ends = prefect_ds._ENDS[file_type]
-    if not {"begin": begins, "end": ends, "all": file_type != "json"}[damage_to]:
-        pytest.skip("There are readable files of this type that begin or end in other ways.")
-    Path(name).write_bytes(damaged)
-    with Flow("damaged") as flow:
-        made = task(lambda: frame, name="make", **stored(name))()
-    assert "Found" not in run(flow).result[made].message
-    assert f"{name} is there, but cannot be read" in log(logging.WARNING)
-
-
-@pytest.mark.parametrize("compression", prefect_ds._COMPRESSIONS)
-def test_compressed_files_begin_as_they_are_compressed(compression):
-    name = "data.json." + compression
-    try:
-        PandasResult(name)._save(FRAME, name)
-    except (ImportError, ValueError) as missing:
-        pytest.skip(f"pandas cannot write it: {missing}")
-    PandasResult(name)._check_ends(name)
-    Path(name).write_text("neither this nor that")
-    with pytest.raises(ValueError, match="begin and end"):
-        PandasResult(name)._check_ends(name)
-
-
-def make_older(*names):
-    """Put the time at which files were written an hour back."""
-    for name in names:
-        os.utime(name, (time.time() - 3600,) * 2)
-
-
-@on_each_executor
-def test_says_what_is_out_of_date_and_computes_it_if_it_is_told_to(executor, log):
-    with Flow("out of date") as flow:
-        calls = Calls()
-        first = calls.make(name="first", **stored("first_{id}.pkl")).map([1, 2])
-        between = task(lambda x: x, name="between").map(first)
-        second = task(lambda x: x, name="second", **stored("{map_index}.pkl")).map(between)
-        last = task(lambda x: x[0], name="last", **stored("last.pkl"))(second)
-    run(flow, executor=executor())
-    assert "is older" not in log(logging.WARNING) and run(flow, executor=executor()).is_successful()
-    make_older("0.pkl", "1.pkl")
-    assert run(flow, executor=executor()).is_successful()
-    said = [line for line in log(logging.WARNING).splitlines() if "is older than" in line]
-    assert len(said) == 1 and said[0].startswith("Task 'second[")
-    assert ".pkl is older than first_" in said[0] and "recompute='out-of-date'" in said[0]
-    for written in (["0.pkl", "1.pkl", "last.pkl"], []):
-        before = log(logging.INFO).count(": Wrote ")
-        state = run(flow, executor=executor(), context={"recompute": "out-of-date"})
-        lines = [line for line in log(logging.INFO).splitlines() if ": Wrote " in line][before:]
-        assert sorted(line.partition(": Wrote ")[2] for line in lines) == written
-        assert sum_of_ids([state.result[last].result]) == 3
-
-
-def test_an_item_of_a_list_is_as_old_as_its_own_file(log):
-    with Flow("items") as flow:
-        firsts = [Calls().make(**stored("{id}.pkl"))(i) for i in (1, 2)]
-        task(lambda x: x, name="second", **stored("second_{map_index}.pkl")).map(firsts)
-    run(flow)
-    for age, name in enumerate(["second_1.pkl", "2.pkl", "second_0.pkl", "1.pkl"]):
-        os.utime(name, (10**9 - age,) * 2)
-    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
-
-
-def test_a_newer_file_in_a_folder_makes_what_was_made_of_it_out_of_date(log):
-    with Flow("folder") as flow:
-        kwargs = {"write_kwargs": {"partition_cols": ["one"]}, "file_type": "parquet"}
-        pytest.importorskip("pyarrow")
-        first = Calls().make(**stored("first", **kwargs))(1)
-        task(lambda x: x[["two"]], name="second", **stored("second.pkl"))(first)
-    run(flow)
-    os.utime("second.pkl", (time.time() + 60,) * 2)
-    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
-    (file, *_) = prefect_ds._files("first")
-    os.utime(file, (time.time() + 120,) * 2)
-    assert run(flow).is_successful() and "is older than first" in log(logging.WARNING)
-
-
-@pytest.mark.parametrize(
-    "name, kwargs, frame",
-    [
-        ("old.pkl", {"write_kwargs": {"protocol": 0}}, FRAME),
-        (
-            "none.json",
-            {
-                "write_kwargs": {"orient": "records", "lines": True},
-                "read_kwargs": {"orient": "records", "lines": True},
-            },
-            pandas.DataFrame({"x": []}),
-        ),
-    ],
-    ids=["pickle", "no lines"],
-)
-def test_no_file_that_was_written_is_taken_for_a_damaged_one(name, kwargs, frame):
-    storage = PandasResult(name, **kwargs)
-    try:
-        storage._save(frame, name)
-    except ValueError:  # Some releases of pandas do not read what they have written.
-        Path(name).touch()
-    storage._check_ends(name)
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("page.html", "\ufeff<html><table></table></html>\n"),
-        ("text.html", "See: <table></table> and more"),
-        ("blanks.json", " " * 20 + "[]" + "\n" * 100),
-        ("bom.xml", "\ufeff<a></a>" + "\n" * 100),
-        ("wide.csv", "a;b"),
-    ],
-    ids=["html", "text around html", "blanks around json", "xml", "csv"],
-)
-def test_a_readable_file_of_somebody_elses_is_not_taken_for_a_damaged_one(name, content):
-    if name.rpartition(".")[2] not in prefect_ds._FILE_TYPES:
-        pytest.skip("This pandas has no such file type.")
-    Path(name).write_text(content, "utf-8")
-    PandasResult(name)._check_ends(name)
-
-
-def test_what_was_written_at_the_same_time_is_not_out_of_date(log):
-    with Flow("same time") as flow:
-        first = Calls().make(**stored("z.pkl"))(1)
-        task(lambda x: x, name="second", **stored("a.pkl"))(first)
-    run(flow)
-    for name in files():
-        os.utime(name, (1, 1))
-    assert run(flow).is_successful() and "is older" not in log(logging.WARNING)
-
-
-def test_a_function_for_a_path_gets_no_frame_that_it_does_not_name(log):
-    if not prefect_ds._FLOW_RUNNER_MAPS:
-        pytest.skip("Below Prefect 0.12 locations are not callable.")
-
-    def path(i, **fields):
-        assert fields["frame"] is None
-        return f"{i}.pkl"
-
-    with Flow("function") as flow:
-        first = Calls().make(**stored("first.pkl"))(1)
-        second = task(
-            lambda frame, i: frame, name="second", **{STORAGE: PandasResult(path, "pickle")}
-        )
-        second(first, 7)
-    for _ in range(2):
-        assert run(flow).is_successful()
-    assert files_read(log) == []
-
-
-def test_a_file_is_found_again_after_a_task_has_changed_the_folder(empty_folder):
-    with Flow("moves") as flow:
-        made = Calls().make(**stored("data.pkl"))(1)
-        moved = task(lambda: os.chdir("/"), name="move")(upstream_tasks=[made])
-        last = task(lambda frame: len(frame), name="last")(made, upstream_tasks=[moved])
-    for _ in range(2):
-        os.chdir(str(empty_folder))
-        assert run(flow).result[last].result == 3
-
-
-# As a Result of Prefect's own ---------------------------------------------------------------
-
-
-def month_file(**fields):
-    return "out/{month}.bin".format(**fields)
-
-
-def both_results(location, **kwargs):
-    """Prefect's own, and ours, which differs in nothing but what is in the file."""
-    return [
-        LocalResult(dir=os.path.join(os.getcwd(), "local"), location=location, **kwargs),
-        PandasResult(location=location, file_type="pickle", **kwargs),
-    ]
-
-
-def said_location(result):
-    """Without the folder that is in front of what `LocalResult` has written."""
-    folder = os.path.join(os.getcwd(), "local", "")
-    return result.location and result.location.replace(folder, "")
-
-
-@from_0_11
-@pytest.mark.parametrize(
-    "location",
-    ["out/{month}.bin", "out/3.bin", pytest.param(month_file, marks=from_0_12)],
-    ids=["template", "plain", "callable"],
-)
-@pytest.mark.parametrize("dumps", [None, pickle.dumps, cloudpickle.dumps], ids=str)
-def test_a_result_does_what_prefects_does(location, dumps):
-    said = []
-    for result in both_results(location):
-        if dumps:
-            result = pickle.loads(dumps(result))
-        path = "out/{month}.bin"
-        before = result.exists(path, month=3)
-        formatted = result.format(month=3)
-        written = result.write(FRAME, month=3)
-        read = result.read("out/3.bin")
-        with_value = written.from_value(FRAME)
-        twin = result.copy()
-        said.append(
-            [
-                (before, result.exists(path, month=3), result.exists("out/3.bin")),
-                [said_location(r) for r in (formatted, written, read, with_value, twin, result)],
-                [type(r) is type(result) for r in (formatted, written, read, with_value, twin)],
-                [r.value is FRAME for r in (formatted, written, with_value, twin, result)],
-                (read.value is not FRAME, read.value.equals(FRAME)),
-                twin is result,
-            ]
-        )
-    assert said[0] == said[1]
-
-
-def runs_on_prefect(build, result):
-    """Of two runs on Prefect's own runners: types of states, frames, where they are."""
-    told = []
-    for _ in range(2):
-        with Flow("plain") as flow:
-            made = build(result)
-        state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
-        for end in getattr(state.result[made], "map_states", [state.result[made]]):
-            assert end.is_successful(), repr(end.result)
-            told.append((type(end).__name__, end.result.id[0], said_location(end._result)))
-    return told
-
-
-def by_id_and_index(id, map_index, **fields):
-    return f"{id}_{map_index}.bin"
-
-
-def at_a_location(result):
-    return Calls().make(result=result)(3)
-
-
-def at_a_target_of_context(result):
-    return Calls().make(result=result, target="{task_name}.bin")(3)
-
-
-def mapped_to_targets(result):
-    return Calls().make(result=result, target="{map_index}.bin").map([3, 4])
-
-
-def at_a_target_of_arguments(result):
-    return Calls().make(result=result, target="{id}.bin")(3)
-
-
-def at_a_callable_target(result):
-    return Calls().make(result=result, target=lambda id, **fields: f"{id}.bin")(3)
-
-
-PLACES = [
-    at_a_target_of_context,
-    mapped_to_targets,
-    # Prefect 0.11 fills targets from its context only.
-    pytest.param(at_a_target_of_arguments, marks=from_0_12),
-    pytest.param(at_a_callable_target, marks=from_0_12),
-]
-
-
-@from_0_11
-@pytest.mark.parametrize("build", PLACES)
-def test_a_target_is_loaded_in_the_next_run_as_with_prefects(build):
-    local, ours = (runs_on_prefect(build, result) for result in both_results(None))
-    assert ours == local
-    assert {"Success", "Cached"} == {kind for kind, _, _ in ours}
-
-
-@from_0_11
-@pytest.mark.parametrize(
-    "location",
-    ["{task_name}.bin", pytest.param(by_id_and_index, marks=from_0_12)],
-    ids=["template", "callable"],
-)
-def test_a_location_is_filled_as_with_prefects(location):
-    local, ours = (runs_on_prefect(at_a_location, result) for result in both_results(location))
-    assert ours == local
-
-
-@from_0_11
-def test_storage_of_the_flow_is_a_result_of_prefects():
-    with Flow("flow", result=PandasResult("{task_name}.csv")) as flow:
-        made = Calls().make()(1)
-    state = FlowRunner(flow).run(return_tasks=[made], context={"checkpointing": True})
-    assert state.result[made]._result.location == "make.csv" and files() == ["make.csv"]
-    assert_frame_equal(PandasResult().read("make.csv").value, FRAME.assign(id=1))
-
-
-@from_0_11
-def test_is_a_result_of_prefects_on_dask_processes():
-    with Flow("processes") as flow:
-        made = Calls().make(result=PandasResult(), target="{map_index}.csv").map([1, 2])
-    executor = dask_executor(processes=True, threads_per_worker=1)
-    state = FlowRunner(flow).run(
-        return_tasks=[made], executor=executor, context={"checkpointing": True}
-    )
-    assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
-    assert files() == ["0.csv", "1.csv"]
-
-
-@from_0_11
-def test_the_file_type_follows_the_target():
-    with Flow("types") as flow, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Prefect says that the target goes before the location.
-        Calls().make(result=PandasResult("data.csv"), target="data.pkl")(1)
-    assert FlowRunner(flow).run(context={"checkpointing": True}).is_successful()
-    assert_frame_equal(pandas.read_pickle("data.pkl"), FRAME.assign(id=1))
-
-
-@from_0_11
-@pytest.mark.parametrize("runner", [DSFlowRunner, FlowRunner])
-def test_a_target_cannot_lead_out_of_its_folder(runner):
-    FRAME.to_csv("secret.csv")
-    os.mkdir("in")
-    with Flow("outside") as flow:
-        calls = Calls()
-        result = calls.make(result=PandasResult(), target="in/{who}.csv")(1)
-    state = runner(flow).run(
-        return_tasks=[result], context={"checkpointing": True, "who": "../secret"}
-    )
-    error = failed(state, result)
-    assert "leads out of the folder" in str(error) and calls == []
-
-
-@from_0_11
-@pytest.mark.parametrize("executor", ["local", "threads"])
-def test_a_callable_path_is_called_with_the_arguments(executor):
-    with Flow("callable") as flow:
-        calls = Calls()
-        path = PandasResult(lambda id, task_name, **fields: f"{task_name}/{id}.csv")
-        made = calls.make(result=path).map([1, 2])
-    for _ in range(2):
-        state = run(flow, executor=EXECUTORS[executor]())
-        assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
-    assert sorted(calls) == [1, 2] and files("make") == ["1.csv", "2.csv"]
-
-
-@from_0_11
-def test_a_callable_path_that_fails_fails_the_task():
-    with Flow("callable") as flow:
-        calls = Calls()
-        result = calls.make(result=PandasResult(lambda **fields: fields["nowhere"]))(1)
-    assert isinstance(failed(run(flow), result), KeyError)
-    assert calls == [] and files() == []
-
-
-@from_0_11
-def test_a_task_may_write_other_files_by_fields_of_its_own():
-    @task(result=PandasResult("{id}.csv"))
-    def write(id):
-        other = PandasResult("other_{id}_{n}.csv")
-        locations = [other.write(FRAME, n=n).location for n in (1, 2)]
-        locations += [other.write(FRAME, n=3, id="given").location]
-        assert locations == ["other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
-        return FRAME
-
-    with Flow("others") as flow:
-        write.map([7])
-    assert run(flow).is_successful()
-    assert files() == ["7.csv", "other_7_1.csv", "other_7_2.csv", "other_given_3.csv"]
-
-
-@from_0_12
-def test_an_argument_that_is_none_is_filled_in_as_with_prefects():
-    @task(name="made")
-    def write(today):
-        return FRAME.assign(id=1)
-
-    def with_none(result):
-        write.result = result
-        return write(None)
-
-    local, ours = (runs_on_prefect(with_none, r) for r in both_results("{today}.bin"))
-    assert ours == local
-
-
-with_and_without_handler = pytest.mark.parametrize(
-    "handlers", [[], [checkpoint_handler]], ids=["checkpointing", "handler"]
-)
-
-
-@from_0_11
-@with_and_without_handler
-def test_a_target_is_filled_from_defaults_and_loaded(handlers):
-    @task(result=PandasResult(), target="{task_name}_{id}_{size}.csv")
-    def make(id, size="large"):
-        calls.append(id)
-        return FRAME
-
-    calls = []
-    with Flow("defaults") as flow:
-        plain, children = make(1), make.map([2, 3])
-    kinds = []
-    for _ in range(2):
-        state = run(flow, context={"checkpointing": True}, task_runner_state_handlers=handlers)
-        assert state.is_successful()
-        assert_frame_equal(state.result[plain].result, FRAME)
-        states = [state.result[plain], *state.result[children].map_states]
-        kinds += [type(state).__name__ for state in states]
-    assert kinds == ["Success"] * 3 + ["Cached"] * 3 and sorted(calls) == [1, 2, 3]
-    assert files() == ["make_1_large.csv", "make_2_large.csv", "make_3_large.csv"]
-
-
-@from_0_11
-@with_and_without_handler
-def test_the_file_of_a_target_belongs_to_one_task_run(handlers):
-    shared = PandasResult()
-    with Flow("shared") as flow:
-        calls = []
-        storing(calls, "a", result=shared, target="a.csv")(1)
-        storing(calls, "b", result=shared, target="b.csv")(1)
-        clash = storing(calls, "make", result=shared, target="c{x:.0f}.csv").map([1, 1.1])
-    for _ in range(2):
-        state = run(
-            flow,
-            executor=EXECUTORS["threads"](),
-            context={"checkpointing": True},
-            task_runner_state_handlers=handlers,
-        )
-        assert sum(child.is_failed() for child in state.result[clash].map_states) == 1
-        assert "belongs to the task run 'make[" in "".join(
-            str(child.result) for child in state.result[clash].map_states if child.is_failed()
-        )
-    assert len(calls) == 3 and files() == ["a.csv", "b.csv", "c1.csv"]
-    for name in "ab":
-        assert pandas.read_csv(name + ".csv").run[0].startswith(name)
-
-
-@from_0_11
-@with_and_without_handler
-def test_a_damaged_file_of_a_target_is_kept_beside_the_new_one(handlers, log):
-    Path("data.pkl").write_bytes(b"damaged")
-    with Flow("damaged") as flow:
-        calls = Calls()
-        result = calls.make(result=PandasResult(), target="data.pkl")(1)
-    for _ in range(2):
-        state = run(flow, context={"checkpointing": True}, task_runner_state_handlers=handlers)
-        assert_frame_equal(state.result[result].result, FRAME.assign(id=1))
-    (kept,) = set(files()) - {"data.pkl"}
-    assert Path(kept).read_bytes() == b"damaged" and calls == [1]
-    assert log(logging.WARNING).count("data.pkl is there, but cannot be read") == 1
-
-
-# Recomputing --------------------------------------------------------------------------------
+# Recomputing ---------------------------------------------------------------------------------
 
 
 def chain_of_files():
@@ -4144,1152 +4267,239 @@ def test_a_folder_named_as_a_pickle_does_not_make_its_files_pickles():
     assert files("run.pkl.d") == ["data.csv"]
 
 
-# Results that nobody needs any more ---------------------------------------------------------
-
-#: What the tasks below have made and is still referenced.
-alive = weakref.WeakSet()
-peak = []
+# The executor, without a backend -------------------------------------------------------------
 
 
-class Part:
-    """Stands for a large frame: counted while it is alive."""
-
-    def __init__(self):
-        alive.add(self)
-        peak[:] = [max([len(alive), *peak])]
-
-    def __reduce__(self):
-        return Part, ()  # so that it is counted in another process, too
-
-
-def new_part(part=None):
-    assert part is None or isinstance(part, Part)
-    return Part()
+@task(**stored("{i}.csv"))
+def write_and_note(i):
+    note(i)
+    return FRAME
 
 
 @task
-def load(i):
-    return new_part()
+def how_many(frames):
+    return len(frames)
 
 
-@task
-def step(part):
-    return new_part(part)
+def run_on(executor, flow, **kwargs):
+    return flow.run(executor=DSExecutor(flow, executor), **kwargs)
 
 
-@task
-def both(one, other):
-    return new_part(one)
-
-
-@task
-def count(part):
-    assert isinstance(part, Part)
-    return 1
-
-
-def parts_alive():
-    return len(alive)
-
-
-@task
-def here_alive(part):
-    return parts_alive()
-
-
-@task
-def total(counts):
-    return sum(counts)
-
-
-@task
-def numbers(n):
-    return list(range(n))
-
-
-@pytest.fixture
-def counted():
-    """Only reference counting may free; what waits for the cycle collector counts as alive."""
-    gc.collect()
-    alive.clear()
-    peak.clear()
-    gc.disable()
-    logging.disable(logging.CRITICAL)  # pytest keeps what is logged, with its errors
-    yield
-    logging.disable(logging.NOTSET)
-    gc.enable()
-
-
-def chain(length):
-    with Flow("chain") as flow:
-        part = load(0)
-        for _ in range(length - 1):
-            part = step(part)
-        count(part)
-    return flow
-
-
-def mapped(width, stages=4):
-    with Flow("map") as flow:
-        part = load.map(numbers(width))
-        for _ in range(stages - 1):
-            part = step.map(part)
-        flow.total = total(count.map(part))
-    return flow
-
-
-@pytest.mark.parametrize("executor", ["local", "synchronous"])
-def test_a_chain_needs_two_frames(executor, counted):
-    assert run(chain(9), executor=EXECUTORS[executor]()).is_successful()
-    assert peak == [2] and not alive
-
-
-@pytest.mark.parametrize("executor", ["local", "synchronous"])
-def test_a_map_needs_two_frames(executor, counted):
-    flow = mapped(20)
-    state = run(flow, executor=EXECUTORS[executor]())
-    assert state.result[flow.total].result == 20
-    assert peak == [2] and not alive
-
-
-@pytest.mark.parametrize("executor", ["threads", "dask"])
-def test_a_map_needs_two_frames_for_each_worker(executor, counted):
-    flow = mapped(30)
-    state = run(flow, executor=EXECUTORS[executor]())
-    assert state.result[flow.total].result == 30
-    if PURGES_ON_DASK:
-        assert peak[0] <= 2 * 2 + 2
-
-
-@purges_on_dask
-def test_frames_in_processes_never_come_to_the_process_that_runs_the_flow(counted):
-    with Flow("processes") as flow:
-        here = here_alive.map(step.map(load.map(numbers(20))))
-    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
-    children = run(flow, executor=executor).result[here].map_states
-    assert [child.result for child in children] == [1] * 20, "on the workers"
-    assert not peak, "in the process that runs the flow"
-
-
-@takes_flatten
-def test_a_map_that_is_flattened_is_as_wide_in_the_next_round():
-    attempts.clear()
-
-    @task(max_retries=1, retry_delay=timedelta(0))
-    def flaky():
-        fail_at_first(1, 1)
-
-    with Flow("flattened") as flow:
-        lists = task(lambda n: list(range(n)), name="lists").map([2, 3])
-        result = task(lambda x: x, name="items").map(prefect.flatten(lists))
-        flaky()
-    assert run(flow).result[result].result == [0, 1, 0, 1, 2]
-
-
-def test_two_maps_that_meet_need_three_frames(counted):
-    with Flow("zip") as flow:
-        n = numbers(10)
-        one, other = load.map(n), load.map(n)
-        total(count.map(one))
-        total(count.map(both.map(one, other)))
-    assert run(flow).is_successful()
-    assert peak == [3] and not alive
-
-
-def test_a_task_that_reduces_lets_go_of_all_frames(counted):
-    @task
-    def reduce(parts):
-        return len(parts)
-
-    with Flow("reduce") as flow:
-        first = reduce(load.map(numbers(5)))
-        load(first)
-    state = run(flow)
-    assert state.is_successful()
-    assert peak == [5] and len(alive) == 1, "the terminal result is kept"
-
-
-def test_a_list_that_is_mapped_over_is_dropped(counted):
-    @task
-    def parts():
-        return [new_part() for _ in range(5)]
-
-    with Flow("list") as flow:
-        total(count.map(parts()))
-    assert run(flow).is_successful()
-    assert not alive
-
-
-def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counted):
-    with Flow("unmapped") as flow:
-        frame = load(0)
-        first = total(count.map(both.map(load.map(numbers(4)), unmapped(frame))))
-        load(first)
-    state = run(flow)
-    assert state.is_successful()
-    assert peak == [3] and len(alive) == 1
-
-
-@on_each_that_purges
-def test_an_error_does_not_hold_the_frames_that_it_has_seen(executor, counted):
-    @task
-    def fail(part):
-        local = [part]
-        raise ValueError(len(local))
-
-    with Flow("errors") as flow:
-        failures = fail.map(load.map(numbers(20)))
-    state = run(flow, executor=EXECUTORS[executor]())
-    assert all(child.is_failed() for child in state.result[failures].map_states)
-    assert peak[0] <= (2 if executor == "local" else 2 * 2 + 2)
-    assert executor == "dask" or not alive
-
-
-def test_a_skipped_task_does_not_hold_its_inputs(counted):
-    @task
-    def skip(part):
-        raise signals.SKIP("no")
-
-    with Flow("skip") as flow:
-        skip.map(load.map(numbers(5)))
-    assert run(flow).is_successful()
-    assert peak[0] <= 2 and not alive
-
-
-@on_each_executor
-def test_purges_upstream_tasks(executor):
-    with Flow("purge") as flow:
-        initial = Calls().make()(1)
-        doubled = double(initial)
-        final = double(doubled)
-    state = DSFlowRunner(flow).run(return_tasks=flow.tasks, executor=executor())
-    if PURGES_ON_DASK or executor in (EXECUTORS["local"], EXECUTORS["synchronous"]):
-        for purged in (initial, doubled):
-            assert state.result[purged].is_successful()
-            assert state.result[purged]._result is PurgedResult
-            assert state.result[purged].result is None
-    assert_frame_equal(state.result[final].result, FRAME.assign(id=1) * 4)
-
-
-@task
-def double(frame):
-    return frame * 2
-
-
-def test_keeps_what_is_tagged_cached_or_terminal():
-    with Flow("keep") as flow:
-        make = Calls().make
-        tagged = make(tags=["prefect-ds:keep"])(1)
-        cached = make(cache_for=datetime.timedelta(minutes=1))(2)
-        purged = make()(3)
-        final = [double(result) for result in (tagged, cached, purged)]
-    state = run(flow)
-    for kept in [tagged, cached, *final]:
-        assert isinstance(state.result[kept].result, pandas.DataFrame)
-    assert state.result[purged]._result is PurgedResult
-
-
-attempts = []
-
-
-def fail_at_first(i, fails):
-    attempts.append(i)
-    if i == 1 and attempts.count(1) <= fails:
-        raise ValueError("not yet")
-
-
-def retried(fails, width=3):
-    """A map whose child number 1 fails at first, reading what was loaded for it."""
-    attempts.clear()
-
-    @task(max_retries=2, retry_delay=datetime.timedelta(0))
-    def flaky(part, i):
-        fail_at_first(i, fails)
-        return new_part(part)
-
-    with Flow("retry") as flow:
-        n = numbers(width)
-        flow.loaded = load.map(n)
-        flow.flaky = flaky.map(flow.loaded, n)
-        flow.total = total(count.map(flow.flaky))
-    return flow
-
-
-@pytest.mark.parametrize("fails", [1, 2])
-@on_each_executor
-def test_inputs_of_a_retry_are_kept_until_it_has_finished(executor, fails):
-    flow = retried(fails)
-    state = run(flow, executor=executor())
-    assert state.result[flow.total].result == 3
-    for child in state.result[flow.loaded].map_states if PURGES_ON_DASK else ():
-        assert child._result is PurgedResult
-
-
-def test_inputs_of_a_retry_are_all_that_is_kept(counted):
-    flow = retried(1)
-    first = DSFlowRunner(flow).run(return_tasks=flow.tasks)
-    assert first.is_running()
-    loaded = [child._result is PurgedResult for child in first.result[flow.loaded].map_states]
-    assert loaded == [True, False, True]
-    second = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states=first.result)
-    assert second.is_successful() and second.result[flow.total].result == 3
-    del first, second
-    assert not alive
-
-
-def test_states_of_the_caller_are_not_touched():
-    with Flow("caller") as flow:
-        make = Calls().make()(1)
-        final = double(make)
-    given = Success(result=FRAME)
-    state = DSFlowRunner(flow).run(return_tasks=[make, final], task_states={make: given})
-    assert_frame_equal(given.result, FRAME)
-    assert_frame_equal(state.result[final].result, FRAME * 2)
-
-
-def test_a_task_does_not_run_on_a_purged_result():
-    ran = []
-
-    @task
-    def read(frame):
-        ran.append(frame)
-
-    with Flow("stale") as flow:
-        make = Calls().make(name="source")(1)
-        result = read(make)
-    first = run(flow)
-    heard = []
-    result.state_handlers.append(lambda task, old, new: heard.append(new))
-    state = DSFlowRunner(flow).run(return_tasks=[result], task_states={make: first.result[make]})
-    assert state.is_failed() and len(ran) == 1
-    message = str(state.result[result].message)
-    assert "'source'" in message and "prefect-ds:keep" in message and "task_states" in message
-    assert heard and heard[-1].is_failed()
-
-
-def test_a_map_does_not_run_over_a_purged_list():
-    with Flow("stale") as flow:
-        source = numbers(3)
-        result = load.map(source)
-    first = run(flow)
-    state = DSFlowRunner(flow).run(
-        return_tasks=[result], task_states={source: first.result[source]}
-    )
-    assert state.is_failed() and state.result[result].is_failed()
-
-
-def test_dependencies_without_data_are_kept():
-    order = []
-
-    @task
-    def note(i):
-        order.append(i)
-        return new_part()
-
-    with Flow("order") as flow:
-        first = note(1)
-        second = note(2, upstream_tasks=[first])
-        note(3).set_upstream(second)
-        note.map([4, 5], upstream_tasks=[unmapped(second)])
-    assert run(flow).is_successful()
-    assert order[:2] == [1, 2] and sorted(order[2:]) == [3, 4, 5]
-
-
-def test_a_long_chain_does_not_recurse():
-    with Flow("long") as flow:
-        result = numbers(0)
-        for _ in range(300):
-            result = pass_on(result)
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack()) + 150)
-    try:
-        state = run(flow)
-    finally:
-        sys.setrecursionlimit(limit)
-    assert state.is_successful()
-
-
-@task
-def pass_on(x):
-    return x
-
-
-def test_other_executors_run_as_without_it():
-    class Other(type(LocalExecutor()).__mro__[1]):
-        def submit(self, fn, *args, extra_context=None, **kwargs):
-            return fn(*args, **kwargs)
-
-        def map(self, fn, *args):
-            return [fn(*a) for a in zip(*args)]
-
-        def wait(self, futures):
-            return futures
-
-    flow = mapped(3)
-    assert run(flow, executor=Other()).result[flow.total].result == 3
-
-
-@pytest.mark.parametrize("fresh", [0, 1])
-def test_a_flow_within_a_task_runs_on_its_own(fresh):
-    @task(**stored("{id}.csv"))
-    def outer(id):
-        with Flow("inner") as inner:
-            Calls().make(name="inner", **stored("inner.csv"))(9)
-        assert (
-            FlowRunner(inner).run(task_runner_state_handlers=[checkpoint_handler]).is_successful()
-        )
-        return FRAME
-
-    with Flow("outer") as flow:
-        outer(1)
-    assert run(flow).is_successful()
-    assert files() == ["1.csv", "inner.csv"]
-
-
-# -- errors, executors of one's own, and what is kept
-
-
-def locals_of(error):
-    """The local variables that a debugger shows of the call that has failed."""
-    while error.__traceback__.tb_next is not None:
-        error = error.with_traceback(error.__traceback__.tb_next)
-    return error.__traceback__.tb_frame.f_locals
-
-
-def test_a_debugger_shows_all_but_the_data():
-    @task
-    def fail(frame):
-        factor, twice = 3, {"twice": [frame * 2]}
-        raise ValueError((lambda: factor)(), len(twice))
-
-    with Flow("debug") as flow:
-        made = Calls().make()(1)
-        failure = fail.map(frame=[1, 2], upstream_tasks=[unmapped(made)])
-        alone = fail(made)
-    state = run(flow)
-    seen = locals_of(state.result[alone].result)
-    assert "frame" not in seen or "DataFrame" in str(seen["frame"])
-    assert not any(isinstance(value, pandas.DataFrame) for value in seen.values())
-    assert all(child.is_failed() for child in state.result[failure].map_states)
-
-
-class BrokenClient:
-    """Keeps the error that broke it, and raises it for everyone."""
-
-    error = ConnectionError("broken")
-
-    def get(self):
-        raise self.error
-
-
-@pytest.mark.parametrize("has_closure", [False, True])
-def test_an_error_takes_nothing_from_a_task_that_runs_in_another_thread(has_closure):
-    client, caught, failed_there = BrokenClient(), threading.Event(), threading.Event()
-
-    def fail():
-        caught.wait(30)
-        try:
-            client.get()
-        finally:
-            threading.Timer(0.5, failed_there.set).start()
-
-    def forgive(i):
-        frame = pandas.DataFrame({"i": [i]})
-        if i == 1:
-            fail()
-        with suppress(ConnectionError):
-            client.get()
-        caught.set()
-        failed_there.wait(30)
-        return frame
-
-    def forgive_in_a_closure(i):
-        frame = pandas.DataFrame({"i": [i]})
-        if i == 1:
-            fail()
-        with suppress(ConnectionError):
-            client.get()
-        return [caught.set(), failed_there.wait(30), (lambda: frame)()][-1]
-
-    with Flow("one error") as flow:
-        result = task(forgive_in_a_closure if has_closure else forgive, name="get").map([0, 1])
-    executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
-    good, bad = run(flow, executor=executor).result[result].map_states
-    assert bad.is_failed() and isinstance(bad.result, ConnectionError)
-    assert_frame_equal(good.result, pandas.DataFrame({"i": [0]}))
-
-
-class Row:
-    """An object that is not asked for what it has in ways that it does not expect."""
-
-    __slots__ = ("columns",)
-
-    def __init__(self, **columns):
-        self.columns = columns
-
-    def __getattr__(self, name):
-        return self.columns[name]
-
-
-def test_an_error_is_that_of_the_task_whatever_its_variables_are():
-    @task
-    def fail():
-        row = Row(a=1)
-        raise ValueError(row.a)
-
-    with Flow("row") as flow:
-        failure = fail()
-    assert isinstance(failed(run(flow), failure), ValueError)
-
-
+@from_0_12
 @pytest.mark.parametrize(
-    "hide",
-    [
-        lambda frame: frame.to_numpy(),
-        lambda frame: iter([frame]),
-        lambda frame: functools.partial(pandas.concat, frame),
-        lambda frame: frame.sum,
-        lambda frame: Row(frame=frame),
-        lambda frame: {1: {2: {3: {4: frame}}}},
-        lambda frame: lambda: frame,
-    ],
-    ids=["array", "iterator", "partial", "method", "slots", "nested", "closure"],
+    "executor", [*EXECUTORS.values(), dask_executor], ids=[*EXECUTORS, "own cluster"]
 )
-def test_an_error_holds_no_data_wherever_it_is(hide, counted_tables):
+def test_an_executor_is_enough(executor, log):
+    with Flow("enough") as flow:
+        frames = write_and_note.map([1, 2])
+        result = how_many(frames)
+    for _ in range(2):
+        final = run_on(executor(), flow)
+        assert final.result[result].result == 2
+        assert sorted(noted()) == ["1", "2"]
+    assert all(prefect_ds._is_unread(s._result) for s in final.result[frames].map_states)
+    assert not log(logging.WARNING)
+
+
+@has_executors
+def test_a_flow_that_has_the_executor_takes_no_other_argument():
+    calls = Calls()
+    with Flow("has_it") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+    flow.executor = DSExecutor(flow)
+    for _ in range(2):
+        assert flow.run().is_successful() and calls == [1]
+    assert flow.run(context={"recompute": "make"}).is_successful() and calls == [1, 1]
+    refused = flow.run(context={"recompute": "mkae"})
+    assert refused.is_failed() and "'mkae' matches no task" in refused.message
+
+
+@from_0_12
+@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
+@pytest.mark.parametrize("executor", ["local", "synchronous", "threads", "dask"])
+def test_frames_alive_on_the_executor(build, executor, counted):
+    assert run_on(EXECUTORS[executor](), build()).is_successful()
+    assert peak[0] <= (2 if executor in ("local", "synchronous") else 2 * 2 + 2)
+
+
+@task
+def wait_for_other(id, folder):
+    note(id, folder / "noted")
+    wait_until(lambda: len(noted(folder / "noted")) >= 2, 20)
+    return FRAME
+
+
+@from_0_12
+def test_the_executor_around_processes(processes, empty_folder):
+    with Flow("processes") as flow:
+        make = wait_for_other.copy(**stored(str(empty_folder / "{id}.csv")))
+        make.map([0, 1], unmapped(empty_folder))
+    for _ in range(2):
+        assert run_on(InOnePool(processes), flow).is_successful()
+    assert files() == ["0.csv", "1.csv", "noted"] and sorted(noted()) == ["0", "1"]
+
+
+@from_0_12
+def test_the_executor_notices_a_file_of_two_task_runs_in_processes(processes, empty_folder):
+    with Flow("clash") as flow:
+        for name in ("a", "b"):
+            make = wait_for_other.copy(name=name, **stored(str(empty_folder / "out.csv")))
+            make(name, empty_folder)
+    final = run_on(InOnePool(processes), flow)
+    assert final.is_failed() and "out.csv belongs to the task run" in final.message
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "executor", [LocalExecutor, EXECUTORS["threads"]], ids=["local", "threads"]
+)
+def test_the_executor_is_pickled_with_its_flow_and_without_a_run(executor, counted):
+    pickles = []
+
     @task
-    def fail(frame):
-        hidden = hide(frame)
-        raise ValueError(hidden is None)
-
-    with Flow("hidden") as flow:
-        failure = fail.map(task(lambda i: table(), name="make").map([1, 2, 3]))
-    state = run(flow)
-    assert state.is_failed() and len(state.result[failure].map_states) == 3
-    assert tables_alive() == 0
-
-
-def test_a_debugger_shows_what_is_not_data():
-    @task
-    def fail(frame):
-        factor, frames = 3, [frame]
-        raise ValueError(len(frames) * factor)
-
-    with Flow("debug") as flow:
-        failure = fail(Calls().make()(1))
-    seen = locals_of(run(flow).result[failure].result)
-    assert seen["factor"] == 3
-    assert seen["frame"] == "<DataFrame that the task had, let go of>"
-    assert seen["frames"] == "<list that the task had, let go of>"
-
-
-def test_a_generator_that_has_seen_an_error_goes_on():
-    def careful():
-        for number in range(3):
-            try:
-                raise ValueError(number)
-            except ValueError as error:
-                caught = error
-            yield caught
-
-    shared = careful()
-
-    @task(max_retries=1, retry_delay=timedelta(0))
-    def fail(part):
-        raise RuntimeError("in the task") from next(shared)
-
-    with Flow("generator") as flow:
-        fail(pass_on(1))
-    assert run(flow).is_failed()
-    assert next(shared).args == (2,)
-
-
-def test_an_error_that_is_being_handled_keeps_its_variables():
-    def fail():
-        frame = FRAME
-        raise ValueError(len(frame))
-
-    @task
-    def fail_too():
-        raise KeyError("in the flow")
-
-    with Flow("handled") as flow:
-        fail_too()
-    try:
-        fail()
-    except ValueError as error:
-        assert run(flow).is_failed()
-        assert locals_of(error)["frame"] is FRAME
-
-
-def with_a_submit_of_its_own(executor_cls):
-    class Own(executor_cls):
-        submitted = 0
-
-        def submit(self, fn, *args, **kwargs):
-            self.submitted += 1
-            return super().submit(fn, *args, **kwargs)
-
-    return Own
-
-
-def test_an_executor_with_a_submit_of_its_own_is_used():
-    flow, executor = mapped(3), with_a_submit_of_its_own(LocalExecutor)()
-    assert run(flow, executor=executor).result[flow.total].result == 3
-    assert executor.submitted >= 3 * 5
-
-
-def test_an_executor_that_would_be_passed_over_runs_the_flow_itself(log):
-    flow = mapped(3)
-    executor = with_a_submit_of_its_own(LocalDaskExecutor)(scheduler="synchronous")
-    assert run(flow, executor=executor).result[flow.total].result == 3
-    assert executor.submitted > 0
-    assert log(logging.WARNING).count("Own has a submit of its own") == 1
-
-
-def test_an_executor_that_is_not_known_runs_the_flow_itself(log):
-    class Other(prefect_ds.Executor):
-        def submit(self, fn, *args, **kwargs):
-            return fn(*args, **{k: v for k, v in kwargs.items() if k != "extra_context"})
-
-        def map(self, fn, *args):
-            return list(map(fn, *args))
-
-        def wait(self, futures):
-            return futures
-
-    flow = mapped(3)
-    assert run(flow, executor=Other()).result[flow.total].result == 3
-    assert log(logging.WARNING).count("Of the executor Other nothing is known") == 1
-
-
-def test_a_flow_that_cannot_begin_fails_as_prefects():
-    with Flow("one") as flow:
-        pass_on(1)
-    with Flow("other"):
-        stranger = pass_on(2)
-    ours = DSFlowRunner(flow).run(return_tasks=[stranger])
-    theirs = FlowRunner(flow).run(return_tasks=[stranger])
-    assert ours.is_failed() and ours.message == theirs.message
-
-
-def test_a_required_parameter_that_is_missing_is_missed():
-    with Flow("required") as flow:
-        result = pass_on(Parameter("x"))
-    ours = DSFlowRunner(flow).run(return_tasks=[result])
-    theirs = FlowRunner(flow).run(return_tasks=[result])
-    assert ours.is_failed() and type(ours) is type(theirs)
-    assert type(ours.result[result]) is type(theirs.result[result])
-
-
-def test_a_trigger_of_ones_own_may_look_at_results():
-    seen = []
-
-    def look(upstream_states):
-        states = getattr(upstream_states, "values", lambda: upstream_states)()
-        seen.extend(upstream_state.result for upstream_state in states)
-        return True
-
-    with Flow("trigger") as flow:
-        first = pass_on(1)
-        pass_on(first)
-        task(lambda: None, name="looking", trigger=look)(upstream_tasks=[first])
-    assert run(flow).is_successful()
-    assert seen == [1]
-
-
-@on_each_executor
-def test_what_no_other_task_reads_is_kept(executor):
-    with Flow("kept") as flow:
-        made = pass_on(1)
-        result = pass_on(made)
-        pass_on(0, upstream_tasks=[result])
-        middle = pass_on(2)
-        flow.set_reference_tasks([middle, pass_on(middle)])
-    state = run(flow, executor=executor())
-    assert state.result[result].result == 1 and state.result[middle].result == 2
-    if PURGES_ON_DASK or executor in (EXECUTORS["local"], EXECUTORS["synchronous"]):
-        assert state.result[made]._result is PurgedResult
-
-
-def test_the_cleanup_of_a_resource_leaves_what_was_made_with_it():
-    resource_manager = getattr(prefect, "resource_manager", None)
-    if resource_manager is None:
-        pytest.skip("This release has no resource managers.")
-
-    class Connection:
-        def setup(self):
-            return [1, 2]
-
-        def cleanup(self, resource):
-            pass
-
-    with Flow("resource") as flow, resource_manager(Connection)() as connection:
-        result = total(connection)
-    assert run(flow).result[result].result == 3
-
-
-@purges_on_dask
-@pytest.mark.parametrize("executor", ["synchronous", "threads"])
-def test_runs_only_what_is_asked_for_where_prefect_does(executor):
-    def computed(flow_runner_cls):
-        calls = Calls()
-        with Flow("subset") as flow:
-            made = calls.make().map([1, 2, 3])
-            result = task(lambda frame, number: number, name="zip").map(made, [1])
-        state = flow_runner_cls(flow).run(return_tasks=[result], executor=EXECUTORS[executor]())
-        assert [child.result for child in state.result[result].map_states] == [1]
-        return calls
-
-    assert computed(DSFlowRunner) == computed(FlowRunner) == [1]
-
-
-@purges_on_dask
-def test_a_purged_state_keeps_its_message_on_a_cluster():
-    @task
-    def say():
-        raise signals.SUCCESS("said so", result=[1])
-
-    with Flow("message") as flow:
-        said = say()
-        pass_on(pass_on(said))
-    purged = run(flow, executor=dask_executor()).result[said]
-    assert purged._result is PurgedResult and purged.message == "said so"
-
-
-@on_each_that_purges
-def test_a_width_that_is_waited_for_keeps_no_frames_alive(executor, counted):
-    with Flow("widths") as flow:
-        parts = [load.map(list(range(10))) for _ in range(3)]
-        for part in parts:
-            total(count.map(step.map(part)))
-            total(pass_on.map(numbers(total(numbers(3)))))
-    assert run(flow, executor=EXECUTORS[executor]()).is_successful()
-    assert peak[0] <= (2 if executor == "local" else 2 * 2 + 2)
-
-
-# Progress -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    for name in ("SECONDS_BETWEEN_LINES", "SECONDS_BETWEEN_LOOKS", "PAUSE_PER_LOOK"):
-        monkeypatch.setattr(prefect_ds._Progress, name, 0)
-
-
-def map_of_four():
-    @task(**stored("{id}.csv"))
-    def make(id):
-        if id == 2:
-            raise ValueError(id)
-        return FRAME
-
-    with Flow("progress") as flow:
-        make.map([0, 1, 2, 3])
-    return flow
-
-
-@on_each_executor
-def test_says_how_far_a_long_map_is(executor, log, impatient):
-    FRAME.to_csv("1.csv")
-    ours = executor()
-    run(map_of_four(), executor=ours)
-    lines = [line for line in log(logging.INFO).splitlines() if line.startswith("Mapped task runs")]
-    if prefect_ds._backend_for(ours, logging.getLogger()) is None:
-        assert not lines
-    else:
-        assert len(lines) > 1
-        assert (
-            lines[-1] == "Mapped task runs: 4 of 4 done, 1 found, 0 read, 1 failed, 0 results alive"
-        )
-
-
-def test_says_nothing_of_a_short_map(log):
-    run(map_of_four())
-    assert "Mapped task runs" not in log(logging.INFO)
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="There are no terminals of this kind.")
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_shows_a_bar_on_a_terminal(is_terminal, impatient, monkeypatch):
-    pytest.importorskip("tqdm")
-    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
-    controller, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    readable, pipe = os.pipe()
-    with open(terminal if is_terminal else pipe, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        run(map_of_four())
-        stderr.write("end")
-        stderr.flush()
-        shown = b""
-        while not shown.endswith(b"end"):
-            shown += os.read(controller if is_terminal else readable, 10_000)
-    for descriptor in (controller, readable, pipe if is_terminal else terminal):
-        os.close(descriptor)
-    assert (b"mapped task runs: 100%" in shown) == is_terminal
-
-
-# Faults, and flows that run long ------------------------------------------------------------
-
-
-def note(line, file="noted"):
-    """Add a line to a file: whole, whatever other threads and processes add."""
-    descriptor = os.open(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(descriptor, f"{line}\n".encode())
-    os.close(descriptor)
-
-
-def noted(file="noted"):
-    return Path(file).read_text().splitlines() if os.path.exists(file) else []
-
-
-def two_stages(width=10, rows=2000, fault=lambda name: None):
-    """A flow with a file for each task run, which notes the name of the file when it computes."""
-
-    def compute(name, x):
-        note(name)
-        fault(name)
-        return pandas.DataFrame({"x": x})
-
-    @task(**stored("one_{i}.csv"))
-    def one(i):
-        return compute(f"one_{i}.csv", range(i, i + rows))
-
-    @task(**stored("two_{i}.csv"))
-    def two(frame, i):
-        assert len(frame) == rows
-        return compute(f"two_{i}.csv", frame.x * 2)
-
-    @task(**stored("total.csv"))
-    def total(frames):
-        assert [len(frame) for frame in frames] == [rows] * width
-        return compute("total.csv", [sum(int(frame.x.sum()) for frame in frames)])
-
-    with Flow("two stages") as flow:
-        ids = list(range(width))
-        flow.total = total(two.map(one.map(ids), ids))
-    return flow
-
-
-def contents():
-    """Of all files, those of the tests' own book-keeping left out."""
-    return {n: Path(n).read_bytes() for n in files() if os.path.isfile(n) and "noted" not in n}
-
-
-def contents_of_a_run(flow, **kwargs):
-    """What a run leaves in a folder in which nothing has happened before."""
-    os.mkdir("fresh")
-    os.chdir("fresh")
-    try:
-        assert run(flow, **kwargs).is_successful()
-        return contents()
-    finally:
-        os.chdir("..")
-        shutil.rmtree("fresh")
-
-
-def fork(call):
-    """Call a function in a new process, whose exit status is 0 if it returns True."""
-    process = os.fork()
-    if not process:
-        status = 1
-        try:
-            status = 0 if call() else 1
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return process
-
-
-@takes_posix
-def test_a_flow_that_was_killed_goes_on_where_it_was():
-    seed = random.randrange(10**6)
-    kills = in_another_process(f"kill_flows({seed})")[-1]
-    assert int(kills), f"no kill hit the flow; seed {seed}"
-
-
-def kill_flows(seed):
-    dice = random.Random(seed)
-    logging.disable(logging.CRITICAL)
-    flow = two_stages()
-    whole = contents_of_a_run(flow)
-    kills, status = 0, None
-    while status != 0:
-        finished, start = contents(), len(noted())
-        process = fork(lambda: run(flow).is_successful())
-        victim = start + dice.randrange(1, 7)
-        done = 0
-        while not done and len(noted()) < victim:
-            done, status = os.waitpid(process, os.WNOHANG)
-            time.sleep(0.0005)
-        if not done:
-            time.sleep(dice.random() * 0.02)
-            os.kill(process, signal.SIGKILL)
-            _, status = os.waitpid(process, 0)
-        assert status == 0 or os.WIFSIGNALED(status), f"it failed after {kills} kills; seed {seed}"
-        kills += status != 0
-        computed = noted()[start:]
-        assert not finished.keys() & set(computed), f"seed {seed}"
-        assert len(set(computed) - contents().keys()) <= 1, f"only one is under way; seed {seed}"
-    assert contents() == whole, f"seed {seed}"
-    print(kills)
-
-
-@contextmanager
-def cluster_of_processes(**environment):
-    """The address of a scheduler with two workers, each a process started as from a shell."""
-    common = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", "noted-cluster.json"]
-    processes = []
-
-    def start(name, *options):
-        command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *common, *options]
-        with open(f"noted-{name}.log", "ab") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, env=for_processes(**environment), stdout=output, stderr=output
-                )
-            )
-
-    from distributed import Client
-    from distributed.utils import json_load_robust
-
-    start("scheduler", "--port", "0")
-    try:
-        for _ in range(2):
-            start(
-                "worker", "--nthreads", "1", "--no-nanny", "--local-directory", "dask-worker-space"
-            )
-        while not os.path.exists("noted-cluster.json"):
-            assert processes[0].poll() is None, Path("noted-scheduler.log").read_text()
-            time.sleep(0.01)
-        # The file may be there before it is written to the end.
-        address = json_load_robust("noted-cluster.json")["address"]
-        with Client(address, set_as_default=False) as client:
-            client.wait_for_workers(2)
-        yield address
-    finally:
-        for process in reversed(processes):
-            process.kill()
-            process.wait()
-
-
-def die_once(victim):
-    def die(name):
-        if name == victim and not os.path.exists("noted-death"):
-            note(os.getpid(), "noted-death")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return die
-
-
-@takes_posix
-@pytest.mark.parametrize("allowed_failures", [0, 3])
-def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, impatient):
-    seed = random.randrange(10**6)
-    dice = random.Random(seed)
-    whole = contents_of_a_run(two_stages())
-    flow = two_stages(fault=die_once(dice.choice(["one", "two"]) + f"_{dice.randrange(10)}.csv"))
-    failures = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures)}
-    with cluster_of_processes(**failures) as address:
-        first = run(flow, executor=DaskExecutor(address=address))
-        assert len(noted("noted-death")) == 1
-        finished, start = contents(), len(noted())
-        if allowed_failures:
-            assert first.is_successful(), f"seed {seed}"
-        else:
-            # Below 0.12 the task fails that has asked for what was lost, else the flow.
-            assert first.is_failed() and "KilledWorker" in f"{first.message} {first.result}"
-        second = run(flow, executor=DaskExecutor(address=address))
-        assert second.is_successful(), f"seed {seed}"
-    assert not finished.keys() & set(noted()[start:]), f"seed {seed}"
-    assert contents() == whole, f"seed {seed}"
-
-
-#: Where each task run copies the whole configuration, several times, they are few.
-RUNS = 25 if _COPIES_CONFIG else 100
-
-#: Of files that others write meanwhile, some are newer than what was made from them.
-BY_OTHERS = "is older than"
-
-
-def test_many_runs_at_once_in_threads(log):
-    flow = two_stages(width=2)
-    whole = contents_of_a_run(flow)
-    start = threading.Barrier(RUNS)
-    totals = []
-
-    def once():
-        start.wait()
-        totals.append(int(run(flow).result[flow.total].result.x[0]))
-
-    threads = [threading.Thread(target=once) for _ in range(RUNS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(totals) == RUNS and len(set(totals)) == 1
-    assert contents() == whole
-    assert log(logging.ERROR) == ""
-    assert [text for text in log(logging.WARNING).splitlines() if BY_OTHERS not in text] == []
-
-
-@takes_posix
-def test_many_runs_at_once_in_processes():
-    in_another_process("run_at_once()")
-
-
-def run_at_once():
-    flow = two_stages(width=2)
-    whole = contents_of_a_run(flow)
-    warned = []
-    handler = logging.Handler(logging.WARNING)
-    handler.addFilter(lambda record: BY_OTHERS not in record.getMessage())
-    handler.emit = warned.append
-    logging.getLogger("prefect").handlers = [handler]
-    waiting, go = os.pipe()
-
-    def once():
-        os.close(go)
-        os.read(waiting, 1)  # until all are there
-        total = run(flow).result[flow.total].result
-        return total.to_csv(index=False).encode() == whole["total.csv"] and not warned
-
-    processes = [fork(once) for _ in range(RUNS)]
-    os.close(go)
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0] * RUNS
-    assert contents() == whole
-
-
-#: The width of the long run.
-LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 5000))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
-def test_memory_is_flat_in_a_long_run():
-    early, late = map(int, in_another_process("run_long()")[-1].split())
-    assert late - early < 40, f"{early} MB after {LONG // 20} children, {late} MB after {LONG}"
-
-
-def run_long():
-    logging.disable(logging.CRITICAL)
+    def dump(part):
+        pickles.append(cloudpickle.dumps(executor))
+
+    with Flow("pickled") as flow:
+        dump(step(load(0)))
+    executor = DSExecutor(flow, executor())
+    assert flow.run(executor=executor).is_successful()
+    copied = cloudpickle.loads(pickles[0])
+    assert copied.flow.name == "pickled" and not copied._under_way and not alive
+    assert copied.flow.run(executor=copied).is_successful()
+
+
+@from_0_12
+def test_the_executor_knows_what_was_added_to_the_flow(counted):
+    flow = Flow("grows")
+    executor = DSExecutor(flow)
+    for _ in range(2):
+        with flow:
+            count(step(load(0)))
+        assert flow.run(executor=executor).is_successful()
+        assert peak == [2] and not alive
+
+
+def with_another_task(flow):
+    flow.add_task(task(lambda: 1, name="another"))
+
+
+def with_another_edge(flow):
+    flow.add_edge(*(flow.get_tasks(name)[0] for name in ("load", "count")))
+
+
+def with_another_constant(flow):
+    flow.constants[flow.get_tasks("load")[0]]["i"] = 7
+
+
+@from_0_12
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_another_task, "has another task 'another'"),
+        (with_another_edge, "has other edges to the task 'count'"),
+        (with_another_constant, None),
+    ],
+)
+@pytest.mark.parametrize("changes", ["copy", "original"])
+def test_the_executor_says_that_it_does_not_know_a_copy(change, message, changes):
+    flow = chain(2)
+    executor = DSExecutor(flow)
+    copied = flow.copy()
+    assert copied.run(executor=executor).is_successful()
+    change(copied if changes == "copy" else flow)
+    final = copied.run(executor=executor)
+    assert final.is_successful() is (message is None)
+    if changes == "original" and change is with_another_task:
+        message = "does not end with another"
+    if message:
+        assert message in final.message and "flow.executor = DSExecutor(flow)" in final.message
+    assert copied.run(executor=DSExecutor(copied)).is_successful()
+
+
+class OwnTaskRunner(TaskRunner):
+    """Not ours."""
+
+
+class OwnDSTaskRunner(DSTaskRunner):
+    """Ours."""
+
+
+@from_0_12
+def test_a_task_runner_of_ones_own_is_left_as_it_is(log):
     used = []
+    make = task(lambda i: used.append(prefect.context["logger"]) or FRAME, **stored("{i}.csv"))
+    with Flow("own") as flow:
+        make.map([1, 2])
+    final = FlowRunner(flow, task_runner_cls=OwnTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == []
+    assert log(logging.WARNING).count("leaves the task runner class OwnTaskRunner as it is") == 1
+    assert "inherit from prefect_ds.DSTaskRunner" in log(logging.WARNING)
+    final = FlowRunner(flow, task_runner_cls=OwnDSTaskRunner).run(executor=DSExecutor(flow))
+    assert final.is_successful() and files() == ["1.csv", "2.csv"]
+    assert "OwnDSTaskRunner" not in log(logging.WARNING)
+
+
+@from_0_12
+@pytest.mark.parametrize("handlers", [None, [checkpoint_handler]], ids=["none", "ours"])
+def test_the_flow_runner_and_the_executor_go_together(handlers, counted):
+    calls = Calls()
+    with Flow("both") as flow:
+        calls.make(**stored("{id}.csv"))(1)
+        count(step(step(load(0))))
+    for _ in range(2):
+        final = run(flow, executor=DSExecutor(flow), task_runner_state_handlers=handlers)
+        assert final.is_successful()
+    assert calls == [1] and peak == [2]
+
+
+@from_0_12
+def test_a_task_that_runs_its_own_flow_on_the_executor():
+    depths = []
 
     @task
-    def make(i):
-        return pandas.DataFrame(0.5, index=range(125000), columns=["x"])  # 1 MB
+    def recurse(depth):
+        depths.append(depth)
+        return [not depth or flow.run(depth=depth - 1, executor=executor).is_successful()]
 
     @task
-    def use(frame):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        used.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
-        return len(frame)
+    def check(is_fine):
+        assert is_fine
 
-    with Flow("long") as flow:
-        result = total(use.map(make.map(numbers(LONG))))
-    assert run(flow).result[result].result == LONG * 125000
-    print(used[LONG // 20 - 1], used[-1])
-
-
-#: What is alive of the class below in this process.
-_tables = weakref.WeakValueDictionary()
+    with Flow("recursive") as flow:
+        check.map(recurse(Parameter("depth")))
+    executor = DSExecutor(flow)
+    assert flow.run(depth=2, executor=executor).is_successful()
+    assert depths == [2, 1, 0]
 
 
-class Table(pandas.DataFrame):
-    """A frame that notes in which process it arrives, and that can be counted."""
-
-    def __init__(self, name):
-        super().__init__({"name": [name], "x": 1})
-        _tables[id(self)] = self
-
-    def __reduce__(self):
-        return _arrive, (self["name"][0],)
-
-
-def _arrive(name):
-    note(f"{os.getpid()} {name}", "noted-arrivals")
-    return Table(name)
+@from_0_12
+def test_runs_at_once_share_the_executor():
+    with Flow("at_once") as flow:
+        total([pass_on(pass_on(i)) for i in range(5)])
+    executor = DSExecutor(flow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        finals = pool.map(lambda _: flow.run(executor=executor), range(12))
+        assert all(final.is_successful() for final in finals)
 
 
-def new_table(name):
-    """A table; noted are its name, the process, and how many are alive there."""
-    table = Table(name)
-    note(f"{name} {os.getpid()} {len(_tables)}")
-    return table
+@from_0_12
+def test_what_the_executor_does_not_take():
+    flow = chain(1)
+    for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
+        with pytest.raises(TypeError):
+            DSExecutor(*arguments)
+    with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow"):
+        DSExecutor(LocalExecutor())
 
 
-_Distributed = namedtuple("_Distributed", "first second arrivals files")
+@pytest.mark.skipif(prefect_ds._FLOW_RUNNER_MAPS, reason="This Prefect has what it needs.")
+def test_the_executor_says_which_prefect_it_needs():
+    with pytest.raises(NotImplementedError, match=r"runner_cls=DSFlowRunner"):
+        DSExecutor(chain(1))
 
 
-@pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    """Two runs of a flow on a cluster: what was computed in each, and what arrived where."""
-    width = 16
-
-    @task
-    def look_up():
-        return new_table("look_up")
-
-    @task(**stored("data/load_{i:02}.pkl"))
-    def load(i):
-        return new_table("load")
-
-    @task(**stored("data/join_{i:02}.pkl"))
-    def join(frame, other, i):
-        return new_table("join")
-
-    @task
-    def measure(frame):
-        return len(frame)
-
-    @task
-    def last(other):
-        return new_table("last")
-
-    with Flow("distributed") as flow:
-        ids = list(range(width))
-        other = look_up()
-        result = total(measure.map(join.map(load.map(ids), unmapped(other), ids)))
-        end = last(other)
-
-    folder = os.getcwd()
-    os.chdir(str(tmp_path_factory.mktemp("cluster")))
-    try:
-        computed = []
-        with cluster_of_processes() as address:
-            for _ in range(2):
-                before = len(noted())
-                states = run(flow, executor=DaskExecutor(address=address)).result
-                assert states[result].result == width
-                assert list(states[end].result["name"]) == ["last"]
-                computed.append([line.split() for line in noted()[before:]])
-        arrivals = [line.split() for line in noted("noted-arrivals")]
-        return _Distributed(*computed, arrivals, files("data"))
-    finally:
-        os.chdir(folder)
-
-
-def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
-    processes = {process for _, process, _ in distributed.first}
-    assert len(processes) == 2 and str(os.getpid()) not in processes
-    assert distributed.files == [f"{n}_{i:02}.pkl" for n in ("join", "load") for i in range(16)]
-    first, second = (Counter(name for name, *_ in computed) for computed in distributed[:2])
-    assert first == {"look_up": 1, "load": 16, "join": 16, "last": 1}
-    assert second == {"look_up": 1, "last": 1}
-
-
-@purges_on_dask
-def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
-    here = [name for process, name in distributed.arrivals if process == str(os.getpid())]
-    assert here == ["last", "last"]
-    assert "look_up" in {name for _, name in distributed.arrivals}
-
-
-@purges_on_dask
-def test_workers_let_go_of_what_was_purged(distributed):
-    assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
-
-
-# Under Prefect Server and Cloud ---------------------------------------------------------------
+# Under Prefect Server and Cloud --------------------------------------------------------------
 
 
 class Backend:
@@ -5606,13 +4816,6 @@ def agent(backend):
                 process.kill()
                 process.wait()
                 print(Path("agent.log").read_text())
-
-
-def wait_until(condition, timeout=60):
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.1)
 
 
 def for_an_agent(flow, executor):
@@ -5976,287 +5179,1039 @@ def test_cancelling_ends_what_runs(executing, executor, backend):
     assert type(final) is state.Cancelled
 
 
-# The executor, without a backend --------------------------------------------------------------
+# Results that nobody needs any more ----------------------------------------------------------
 
 
-@task(**stored("{i}.csv"))
-def write_and_note(i):
-    note(i)
-    return FRAME
+@pytest.mark.parametrize("executor", ["local", "synchronous"])
+def test_a_chain_needs_two_frames(executor, counted):
+    assert run(chain(9), executor=EXECUTORS[executor]()).is_successful()
+    assert peak == [2] and not alive
 
 
-@task
-def how_many(frames):
-    return len(frames)
+@pytest.mark.parametrize("executor", ["local", "synchronous"])
+def test_a_map_needs_two_frames(executor, counted):
+    flow = mapped(20)
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert state.result[flow.total].result == 20
+    assert peak == [2] and not alive
 
 
-def run_on(executor, flow, **kwargs):
-    return flow.run(executor=DSExecutor(flow, executor), **kwargs)
+@pytest.mark.parametrize("executor", ["threads", "dask"])
+def test_a_map_needs_two_frames_for_each_worker(executor, counted):
+    flow = mapped(30)
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert state.result[flow.total].result == 30
+    if PURGES_ON_DASK:
+        assert peak[0] <= 2 * 2 + 2
 
 
-@from_0_12
-@pytest.mark.parametrize(
-    "executor", [*EXECUTORS.values(), dask_executor], ids=[*EXECUTORS, "own cluster"]
-)
-def test_an_executor_is_enough(executor, log):
-    with Flow("enough") as flow:
-        frames = write_and_note.map([1, 2])
-        result = how_many(frames)
-    for _ in range(2):
-        final = run_on(executor(), flow)
-        assert final.result[result].result == 2
-        assert sorted(noted()) == ["1", "2"]
-    assert all(prefect_ds._is_unread(s._result) for s in final.result[frames].map_states)
-    assert not log(logging.WARNING)
-
-
-@has_executors
-def test_a_flow_that_has_the_executor_takes_no_other_argument():
-    calls = Calls()
-    with Flow("has_it") as flow:
-        calls.make(**stored("{id}.csv"))(1)
-    flow.executor = DSExecutor(flow)
-    for _ in range(2):
-        assert flow.run().is_successful() and calls == [1]
-    assert flow.run(context={"recompute": "make"}).is_successful() and calls == [1, 1]
-    refused = flow.run(context={"recompute": "mkae"})
-    assert refused.is_failed() and "'mkae' matches no task" in refused.message
-
-
-@from_0_12
-@pytest.mark.parametrize("build", [lambda: chain(9), lambda: mapped(20)], ids=["chain", "map"])
-@pytest.mark.parametrize("executor", ["local", "synchronous", "threads", "dask"])
-def test_frames_alive_on_the_executor(build, executor, counted):
-    assert run_on(EXECUTORS[executor](), build()).is_successful()
-    assert peak[0] <= (2 if executor in ("local", "synchronous") else 2 * 2 + 2)
-
-
-@task
-def wait_for_other(id, folder):
-    note(id, folder / "noted")
-    wait_until(lambda: len(noted(folder / "noted")) >= 2, 20)
-    return FRAME
-
-
-@from_0_12
-def test_the_executor_around_processes(processes, empty_folder):
+@purges_on_dask
+def test_frames_in_processes_never_come_to_the_process_that_runs_the_flow(counted):
     with Flow("processes") as flow:
-        make = wait_for_other.copy(**stored(str(empty_folder / "{id}.csv")))
-        make.map([0, 1], unmapped(empty_folder))
-    for _ in range(2):
-        assert run_on(InOnePool(processes), flow).is_successful()
-    assert files() == ["0.csv", "1.csv", "noted"] and sorted(noted()) == ["0", "1"]
+        here = here_alive.map(step.map(load.map(numbers(20))))
+    executor = LocalDaskExecutor(scheduler="processes", num_workers=2)
+    children = run(flow, executor=executor).result[here].map_states
+    assert [child.result for child in children] == [1] * 20, "on the workers"
+    assert not peak, "in the process that runs the flow"
 
 
-@from_0_12
-def test_the_executor_notices_a_file_of_two_task_runs_in_processes(processes, empty_folder):
-    with Flow("clash") as flow:
-        for name in ("a", "b"):
-            make = wait_for_other.copy(name=name, **stored(str(empty_folder / "out.csv")))
-            make(name, empty_folder)
-    final = run_on(InOnePool(processes), flow)
-    assert final.is_failed() and "out.csv belongs to the task run" in final.message
+@takes_flatten
+def test_a_map_that_is_flattened_is_as_wide_in_the_next_round():
+    attempts.clear()
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def flaky():
+        fail_at_first(1, 1)
+
+    with Flow("flattened") as flow:
+        lists = task(lambda n: list(range(n)), name="lists").map([2, 3])
+        result = task(lambda x: x, name="items").map(prefect.flatten(lists))
+        flaky()
+    assert run(flow).result[result].result == [0, 1, 0, 1, 2]
 
 
-@from_0_12
-@pytest.mark.parametrize(
-    "executor", [LocalExecutor, EXECUTORS["threads"]], ids=["local", "threads"]
-)
-def test_the_executor_is_pickled_with_its_flow_and_without_a_run(executor, counted):
-    pickles = []
+def test_two_maps_that_meet_need_three_frames(counted):
+    with Flow("zip") as flow:
+        n = numbers(10)
+        one, other = load.map(n), load.map(n)
+        total(count.map(one))
+        total(count.map(both.map(one, other)))
+    assert run(flow).is_successful()
+    assert peak == [3] and not alive
+
+
+def test_a_task_that_reduces_lets_go_of_all_frames(counted):
+    @task
+    def reduce(parts):
+        return len(parts)
+
+    with Flow("reduce") as flow:
+        first = reduce(load.map(numbers(5)))
+        load(first)
+    state = run(flow)
+    assert state.is_successful()
+    assert peak == [5] and len(alive) == 1, "the terminal result is kept"
+
+
+def test_a_list_that_is_mapped_over_is_dropped(counted):
+    @task
+    def parts():
+        return [new_part() for _ in range(5)]
+
+    with Flow("list") as flow:
+        total(count.map(parts()))
+    assert run(flow).is_successful()
+    assert not alive
+
+
+def test_a_frame_that_is_not_mapped_over_is_dropped_after_its_last_reader(counted):
+    with Flow("unmapped") as flow:
+        frame = load(0)
+        first = total(count.map(both.map(load.map(numbers(4)), unmapped(frame))))
+        load(first)
+    state = run(flow)
+    assert state.is_successful()
+    assert peak == [3] and len(alive) == 1
+
+
+@on_each_that_purges
+def test_an_error_does_not_hold_the_frames_that_it_has_seen(executor, counted):
+    @task
+    def fail(part):
+        local = [part]
+        raise ValueError(len(local))
+
+    with Flow("errors") as flow:
+        failures = fail.map(load.map(numbers(20)))
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert all(child.is_failed() for child in state.result[failures].map_states)
+    assert peak[0] <= (2 if executor == "local" else 2 * 2 + 2)
+    assert executor == "dask" or not alive
+
+
+def test_a_skipped_task_does_not_hold_its_inputs(counted):
+    @task
+    def skip(part):
+        raise signals.SKIP("no")
+
+    with Flow("skip") as flow:
+        skip.map(load.map(numbers(5)))
+    assert run(flow).is_successful()
+    assert peak[0] <= 2 and not alive
+
+
+@on_each_executor
+def test_purges_upstream_tasks(executor):
+    with Flow("purge") as flow:
+        initial = Calls().make()(1)
+        doubled = double(initial)
+        final = double(doubled)
+    state = DSFlowRunner(flow).run(return_tasks=flow.tasks, executor=executor())
+    if PURGES_ON_DASK or executor in (EXECUTORS["local"], EXECUTORS["synchronous"]):
+        for purged in (initial, doubled):
+            assert state.result[purged].is_successful()
+            assert state.result[purged]._result is PurgedResult
+            assert state.result[purged].result is None
+    assert_frame_equal(state.result[final].result, FRAME.assign(id=1) * 4)
+
+
+@task
+def double(frame):
+    return frame * 2
+
+
+def test_keeps_what_is_tagged_cached_or_terminal():
+    with Flow("keep") as flow:
+        make = Calls().make
+        tagged = make(tags=["prefect-ds:keep"])(1)
+        cached = make(cache_for=datetime.timedelta(minutes=1))(2)
+        purged = make()(3)
+        final = [double(result) for result in (tagged, cached, purged)]
+    state = run(flow)
+    for kept in [tagged, cached, *final]:
+        assert isinstance(state.result[kept].result, pandas.DataFrame)
+    assert state.result[purged]._result is PurgedResult
+
+
+attempts = []
+
+
+def fail_at_first(i, fails):
+    attempts.append(i)
+    if i == 1 and attempts.count(1) <= fails:
+        raise ValueError("not yet")
+
+
+def retried(fails, width=3):
+    """A map whose child number 1 fails at first, reading what was loaded for it."""
+    attempts.clear()
+
+    @task(max_retries=2, retry_delay=datetime.timedelta(0))
+    def flaky(part, i):
+        fail_at_first(i, fails)
+        return new_part(part)
+
+    with Flow("retry") as flow:
+        n = numbers(width)
+        flow.loaded = load.map(n)
+        flow.flaky = flaky.map(flow.loaded, n)
+        flow.total = total(count.map(flow.flaky))
+    return flow
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+@on_each_executor
+def test_inputs_of_a_retry_are_kept_until_it_has_finished(executor, fails):
+    flow = retried(fails)
+    state = run(flow, executor=executor())
+    assert state.result[flow.total].result == 3
+    for child in state.result[flow.loaded].map_states if PURGES_ON_DASK else ():
+        assert child._result is PurgedResult
+
+
+def test_inputs_of_a_retry_are_all_that_is_kept(counted):
+    flow = retried(1)
+    first = DSFlowRunner(flow).run(return_tasks=flow.tasks)
+    assert first.is_running()
+    loaded = [child._result is PurgedResult for child in first.result[flow.loaded].map_states]
+    assert loaded == [True, False, True]
+    second = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states=first.result)
+    assert second.is_successful() and second.result[flow.total].result == 3
+    del first, second
+    assert not alive
+
+
+def test_states_of_the_caller_are_not_touched():
+    with Flow("caller") as flow:
+        make = Calls().make()(1)
+        final = double(make)
+    given = Success(result=FRAME)
+    state = DSFlowRunner(flow).run(return_tasks=[make, final], task_states={make: given})
+    assert_frame_equal(given.result, FRAME)
+    assert_frame_equal(state.result[final].result, FRAME * 2)
+
+
+def test_a_task_does_not_run_on_a_purged_result():
+    ran = []
 
     @task
-    def dump(part):
-        pickles.append(cloudpickle.dumps(executor))
+    def read(frame):
+        ran.append(frame)
 
-    with Flow("pickled") as flow:
-        dump(step(load(0)))
-    executor = DSExecutor(flow, executor())
-    assert flow.run(executor=executor).is_successful()
-    copied = cloudpickle.loads(pickles[0])
-    assert copied.flow.name == "pickled" and not copied._under_way and not alive
-    assert copied.flow.run(executor=copied).is_successful()
-
-
-@from_0_12
-def test_the_executor_knows_what_was_added_to_the_flow(counted):
-    flow = Flow("grows")
-    executor = DSExecutor(flow)
-    for _ in range(2):
-        with flow:
-            count(step(load(0)))
-        assert flow.run(executor=executor).is_successful()
-        assert peak == [2] and not alive
+    with Flow("stale") as flow:
+        make = Calls().make(name="source")(1)
+        result = read(make)
+    first = run(flow)
+    heard = []
+    result.state_handlers.append(lambda task, old, new: heard.append(new))
+    state = DSFlowRunner(flow).run(return_tasks=[result], task_states={make: first.result[make]})
+    assert state.is_failed() and len(ran) == 1
+    message = str(state.result[result].message)
+    assert "'source'" in message and "prefect-ds:keep" in message and "task_states" in message
+    assert heard and heard[-1].is_failed()
 
 
-def with_another_task(flow):
-    flow.add_task(task(lambda: 1, name="another"))
-
-
-def with_another_edge(flow):
-    flow.add_edge(*(flow.get_tasks(name)[0] for name in ("load", "count")))
-
-
-def with_another_constant(flow):
-    flow.constants[flow.get_tasks("load")[0]]["i"] = 7
-
-
-@from_0_12
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (with_another_task, "has another task 'another'"),
-        (with_another_edge, "has other edges to the task 'count'"),
-        (with_another_constant, None),
-    ],
-)
-@pytest.mark.parametrize("changes", ["copy", "original"])
-def test_the_executor_says_that_it_does_not_know_a_copy(change, message, changes):
-    flow = chain(2)
-    executor = DSExecutor(flow)
-    copied = flow.copy()
-    assert copied.run(executor=executor).is_successful()
-    change(copied if changes == "copy" else flow)
-    final = copied.run(executor=executor)
-    assert final.is_successful() is (message is None)
-    if changes == "original" and change is with_another_task:
-        message = "does not end with another"
-    if message:
-        assert message in final.message and "flow.executor = DSExecutor(flow)" in final.message
-    assert copied.run(executor=DSExecutor(copied)).is_successful()
-
-
-class OwnTaskRunner(TaskRunner):
-    """Not ours."""
-
-
-class OwnDSTaskRunner(DSTaskRunner):
-    """Ours."""
-
-
-@from_0_12
-def test_a_task_runner_of_ones_own_is_left_as_it_is(log):
-    used = []
-    make = task(lambda i: used.append(prefect.context["logger"]) or FRAME, **stored("{i}.csv"))
-    with Flow("own") as flow:
-        make.map([1, 2])
-    final = FlowRunner(flow, task_runner_cls=OwnTaskRunner).run(executor=DSExecutor(flow))
-    assert final.is_successful() and files() == []
-    assert log(logging.WARNING).count("leaves the task runner class OwnTaskRunner as it is") == 1
-    assert "inherit from prefect_ds.DSTaskRunner" in log(logging.WARNING)
-    final = FlowRunner(flow, task_runner_cls=OwnDSTaskRunner).run(executor=DSExecutor(flow))
-    assert final.is_successful() and files() == ["1.csv", "2.csv"]
-    assert "OwnDSTaskRunner" not in log(logging.WARNING)
-
-
-@from_0_12
-@pytest.mark.parametrize("handlers", [None, [checkpoint_handler]], ids=["none", "ours"])
-def test_the_flow_runner_and_the_executor_go_together(handlers, counted):
-    calls = Calls()
-    with Flow("both") as flow:
-        calls.make(**stored("{id}.csv"))(1)
-        count(step(step(load(0))))
-    for _ in range(2):
-        final = run(flow, executor=DSExecutor(flow), task_runner_state_handlers=handlers)
-        assert final.is_successful()
-    assert calls == [1] and peak == [2]
-
-
-@from_0_12
-def test_a_task_that_runs_its_own_flow_on_the_executor():
-    depths = []
-
-    @task
-    def recurse(depth):
-        depths.append(depth)
-        return [not depth or flow.run(depth=depth - 1, executor=executor).is_successful()]
-
-    @task
-    def check(is_fine):
-        assert is_fine
-
-    with Flow("recursive") as flow:
-        check.map(recurse(Parameter("depth")))
-    executor = DSExecutor(flow)
-    assert flow.run(depth=2, executor=executor).is_successful()
-    assert depths == [2, 1, 0]
-
-
-@from_0_12
-def test_runs_at_once_share_the_executor():
-    with Flow("at_once") as flow:
-        total([pass_on(pass_on(i)) for i in range(5)])
-    executor = DSExecutor(flow)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        finals = pool.map(lambda _: flow.run(executor=executor), range(12))
-        assert all(final.is_successful() for final in finals)
-
-
-@from_0_12
-def test_what_the_executor_does_not_take():
-    flow = chain(1)
-    for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
-        with pytest.raises(TypeError):
-            DSExecutor(*arguments)
-    with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow"):
-        DSExecutor(LocalExecutor())
-
-
-@pytest.mark.skipif(prefect_ds._FLOW_RUNNER_MAPS, reason="This Prefect has what it needs.")
-def test_the_executor_says_which_prefect_it_needs():
-    with pytest.raises(NotImplementedError, match=r"runner_cls=DSFlowRunner"):
-        DSExecutor(chain(1))
-
-
-# The marker ---------------------------------------------------------------------------------
-
-
-def test_there_is_one_purged_result():
-    for same in (
-        copy.copy(PurgedResult),
-        copy.deepcopy(PurgedResult),
-        pickle.loads(pickle.dumps(PurgedResult)),
-        cloudpickle.loads(cloudpickle.dumps(PurgedResult)),
-        PurgedResult.copy() if hasattr(Result, "copy") else PurgedResult,
-    ):
-        assert same is PurgedResult
-    assert repr(PurgedResult) == "<Purged result>" and str(PurgedResult) == "PurgedResult"
-    assert copy.deepcopy(Success(result=PurgedResult))._result is PurgedResult
-
-
-# The README ---------------------------------------------------------------------------------
-
-README = Path(__file__).with_name("README.md")
-
-
-@pytest.mark.skipif(not README.exists(), reason="takes the README beside this file")
-def test_snippets_of_the_readme_print_what_it_says(capsys):
-    logging.disable(logging.CRITICAL)
-    snippets = re.findall(
-        "```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README.read_text("utf-8"), re.DOTALL
+def test_a_map_does_not_run_over_a_purged_list():
+    with Flow("stale") as flow:
+        source = numbers(3)
+        result = load.map(source)
+    first = run(flow)
+    state = DSFlowRunner(flow).run(
+        return_tasks=[result], task_states={source: first.result[source]}
     )
-    assert len(snippets) >= 5
-    names = {"__name__": "readme"}
-    without_executors = {
-        "flow.executor = DSExecutor(flow)": "",
-        "flow.run()": "flow.run(runner_cls=DSFlowRunner, "
-        "task_runner_state_handlers=[checkpoint_handler])",
-        "DSExecutor, ": "DSFlowRunner, checkpoint_handler, ",
-    }
+    assert state.is_failed() and state.result[result].is_failed()
+
+
+def test_dependencies_without_data_are_kept():
+    order = []
+
+    @task
+    def note(i):
+        order.append(i)
+        return new_part()
+
+    with Flow("order") as flow:
+        first = note(1)
+        second = note(2, upstream_tasks=[first])
+        note(3).set_upstream(second)
+        note.map([4, 5], upstream_tasks=[unmapped(second)])
+    assert run(flow).is_successful()
+    assert order[:2] == [1, 2] and sorted(order[2:]) == [3, 4, 5]
+
+
+def test_a_long_chain_does_not_recurse():
+    with Flow("long") as flow:
+        result = numbers(0)
+        for _ in range(300):
+            result = pass_on(result)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
     try:
-        for code, printed in snippets:
-            code = code.replace("result=PandasResultHandler", STORAGE + "=PandasResultHandler")
-            if not HAS_EXECUTORS:  # as the README says
-                for line, replaced in without_executors.items():
-                    code = code.replace(line, replaced)
-            exec(code, names)
-            said = [line for line in capsys.readouterr().out.splitlines() if "| " not in line]
-            assert said == printed.splitlines(), code
+        state = run(flow)
     finally:
-        logging.disable(logging.NOTSET)
+        sys.setrecursionlimit(limit)
+    assert state.is_successful()
 
 
-# Single features run as on Prefect's FlowRunner ------------------------------------------------
+def test_other_executors_run_as_without_it():
+    class Other(type(LocalExecutor()).__mro__[1]):
+        def submit(self, fn, *args, extra_context=None, **kwargs):
+            return fn(*args, **kwargs)
+
+        def map(self, fn, *args):
+            return [fn(*a) for a in zip(*args)]
+
+        def wait(self, futures):
+            return futures
+
+    flow = mapped(3)
+    assert run(flow, executor=Other()).result[flow.total].result == 3
+
+
+@pytest.mark.parametrize("fresh", [0, 1])
+def test_a_flow_within_a_task_runs_on_its_own(fresh):
+    @task(**stored("{id}.csv"))
+    def outer(id):
+        with Flow("inner") as inner:
+            Calls().make(name="inner", **stored("inner.csv"))(9)
+        assert (
+            FlowRunner(inner).run(task_runner_state_handlers=[checkpoint_handler]).is_successful()
+        )
+        return FRAME
+
+    with Flow("outer") as flow:
+        outer(1)
+    assert run(flow).is_successful()
+    assert files() == ["1.csv", "inner.csv"]
+
+
+# -- errors, executors of one's own, and what is kept
+
+
+def locals_of(error):
+    """The local variables that a debugger shows of the call that has failed."""
+    while error.__traceback__.tb_next is not None:
+        error = error.with_traceback(error.__traceback__.tb_next)
+    return error.__traceback__.tb_frame.f_locals
+
+
+def test_a_debugger_shows_all_but_the_data():
+    @task
+    def fail(frame):
+        factor, twice = 3, {"twice": [frame * 2]}
+        raise ValueError((lambda: factor)(), len(twice))
+
+    with Flow("debug") as flow:
+        made = Calls().make()(1)
+        failure = fail.map(frame=[1, 2], upstream_tasks=[unmapped(made)])
+        alone = fail(made)
+    state = run(flow)
+    seen = locals_of(state.result[alone].result)
+    assert "frame" not in seen or "DataFrame" in str(seen["frame"])
+    assert not any(isinstance(value, pandas.DataFrame) for value in seen.values())
+    assert all(child.is_failed() for child in state.result[failure].map_states)
+
+
+class BrokenClient:
+    """Keeps the error that broke it, and raises it for everyone."""
+
+    error = ConnectionError("broken")
+
+    def get(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("has_closure", [False, True])
+def test_an_error_takes_nothing_from_a_task_that_runs_in_another_thread(has_closure):
+    client, caught, failed_there = BrokenClient(), threading.Event(), threading.Event()
+
+    def fail():
+        caught.wait(30)
+        try:
+            client.get()
+        finally:
+            threading.Timer(0.5, failed_there.set).start()
+
+    def forgive(i):
+        frame = pandas.DataFrame({"i": [i]})
+        if i == 1:
+            fail()
+        with suppress(ConnectionError):
+            client.get()
+        caught.set()
+        failed_there.wait(30)
+        return frame
+
+    def forgive_in_a_closure(i):
+        frame = pandas.DataFrame({"i": [i]})
+        if i == 1:
+            fail()
+        with suppress(ConnectionError):
+            client.get()
+        return [caught.set(), failed_there.wait(30), (lambda: frame)()][-1]
+
+    with Flow("one error") as flow:
+        result = task(forgive_in_a_closure if has_closure else forgive, name="get").map([0, 1])
+    executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+    good, bad = run(flow, executor=executor).result[result].map_states
+    assert bad.is_failed() and isinstance(bad.result, ConnectionError)
+    assert_frame_equal(good.result, pandas.DataFrame({"i": [0]}))
+
+
+class Row:
+    """An object that is not asked for what it has in ways that it does not expect."""
+
+    __slots__ = ("columns",)
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __getattr__(self, name):
+        return self.columns[name]
+
+
+def test_an_error_is_that_of_the_task_whatever_its_variables_are():
+    @task
+    def fail():
+        row = Row(a=1)
+        raise ValueError(row.a)
+
+    with Flow("row") as flow:
+        failure = fail()
+    assert isinstance(failed(run(flow), failure), ValueError)
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda frame: frame.to_numpy(),
+        lambda frame: iter([frame]),
+        lambda frame: functools.partial(pandas.concat, frame),
+        lambda frame: frame.sum,
+        lambda frame: Row(frame=frame),
+        lambda frame: {1: {2: {3: {4: frame}}}},
+        lambda frame: lambda: frame,
+    ],
+    ids=["array", "iterator", "partial", "method", "slots", "nested", "closure"],
+)
+def test_an_error_holds_no_data_wherever_it_is(hide, counted_tables):
+    @task
+    def fail(frame):
+        hidden = hide(frame)
+        raise ValueError(hidden is None)
+
+    with Flow("hidden") as flow:
+        failure = fail.map(task(lambda i: table(), name="make").map([1, 2, 3]))
+    state = run(flow)
+    assert state.is_failed() and len(state.result[failure].map_states) == 3
+    assert tables_alive() == 0
+
+
+def test_a_debugger_shows_what_is_not_data():
+    @task
+    def fail(frame):
+        factor, frames = 3, [frame]
+        raise ValueError(len(frames) * factor)
+
+    with Flow("debug") as flow:
+        failure = fail(Calls().make()(1))
+    seen = locals_of(run(flow).result[failure].result)
+    assert seen["factor"] == 3
+    assert seen["frame"] == "<DataFrame that the task had, let go of>"
+    assert seen["frames"] == "<list that the task had, let go of>"
+
+
+def test_a_generator_that_has_seen_an_error_goes_on():
+    def careful():
+        for number in range(3):
+            try:
+                raise ValueError(number)
+            except ValueError as error:
+                caught = error
+            yield caught
+
+    shared = careful()
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def fail(part):
+        raise RuntimeError("in the task") from next(shared)
+
+    with Flow("generator") as flow:
+        fail(pass_on(1))
+    assert run(flow).is_failed()
+    assert next(shared).args == (2,)
+
+
+def test_an_error_that_is_being_handled_keeps_its_variables():
+    def fail():
+        frame = FRAME
+        raise ValueError(len(frame))
+
+    @task
+    def fail_too():
+        raise KeyError("in the flow")
+
+    with Flow("handled") as flow:
+        fail_too()
+    try:
+        fail()
+    except ValueError as error:
+        assert run(flow).is_failed()
+        assert locals_of(error)["frame"] is FRAME
+
+
+def with_a_submit_of_its_own(executor_cls):
+    class Own(executor_cls):
+        submitted = 0
+
+        def submit(self, fn, *args, **kwargs):
+            self.submitted += 1
+            return super().submit(fn, *args, **kwargs)
+
+    return Own
+
+
+def test_an_executor_with_a_submit_of_its_own_is_used():
+    flow, executor = mapped(3), with_a_submit_of_its_own(LocalExecutor)()
+    assert run(flow, executor=executor).result[flow.total].result == 3
+    assert executor.submitted >= 3 * 5
+
+
+def test_an_executor_that_would_be_passed_over_runs_the_flow_itself(log):
+    flow = mapped(3)
+    executor = with_a_submit_of_its_own(LocalDaskExecutor)(scheduler="synchronous")
+    assert run(flow, executor=executor).result[flow.total].result == 3
+    assert executor.submitted > 0
+    assert log(logging.WARNING).count("Own has a submit of its own") == 1
+
+
+def test_an_executor_that_is_not_known_runs_the_flow_itself(log):
+    class Other(prefect_ds.Executor):
+        def submit(self, fn, *args, **kwargs):
+            return fn(*args, **{k: v for k, v in kwargs.items() if k != "extra_context"})
+
+        def map(self, fn, *args):
+            return list(map(fn, *args))
+
+        def wait(self, futures):
+            return futures
+
+    flow = mapped(3)
+    assert run(flow, executor=Other()).result[flow.total].result == 3
+    assert log(logging.WARNING).count("Of the executor Other nothing is known") == 1
+
+
+def test_a_flow_that_cannot_begin_fails_as_prefects():
+    with Flow("one") as flow:
+        pass_on(1)
+    with Flow("other"):
+        stranger = pass_on(2)
+    ours = DSFlowRunner(flow).run(return_tasks=[stranger])
+    theirs = FlowRunner(flow).run(return_tasks=[stranger])
+    assert ours.is_failed() and ours.message == theirs.message
+
+
+def test_a_required_parameter_that_is_missing_is_missed():
+    with Flow("required") as flow:
+        result = pass_on(Parameter("x"))
+    ours = DSFlowRunner(flow).run(return_tasks=[result])
+    theirs = FlowRunner(flow).run(return_tasks=[result])
+    assert ours.is_failed() and type(ours) is type(theirs)
+    assert type(ours.result[result]) is type(theirs.result[result])
+
+
+def test_a_trigger_of_ones_own_may_look_at_results():
+    seen = []
+
+    def look(upstream_states):
+        states = getattr(upstream_states, "values", lambda: upstream_states)()
+        seen.extend(upstream_state.result for upstream_state in states)
+        return True
+
+    with Flow("trigger") as flow:
+        first = pass_on(1)
+        pass_on(first)
+        task(lambda: None, name="looking", trigger=look)(upstream_tasks=[first])
+    assert run(flow).is_successful()
+    assert seen == [1]
+
+
+@on_each_executor
+def test_what_no_other_task_reads_is_kept(executor):
+    with Flow("kept") as flow:
+        made = pass_on(1)
+        result = pass_on(made)
+        pass_on(0, upstream_tasks=[result])
+        middle = pass_on(2)
+        flow.set_reference_tasks([middle, pass_on(middle)])
+    state = run(flow, executor=executor())
+    assert state.result[result].result == 1 and state.result[middle].result == 2
+    if PURGES_ON_DASK or executor in (EXECUTORS["local"], EXECUTORS["synchronous"]):
+        assert state.result[made]._result is PurgedResult
+
+
+def test_the_cleanup_of_a_resource_leaves_what_was_made_with_it():
+    resource_manager = getattr(prefect, "resource_manager", None)
+    if resource_manager is None:
+        pytest.skip("This release has no resource managers.")
+
+    class Connection:
+        def setup(self):
+            return [1, 2]
+
+        def cleanup(self, resource):
+            pass
+
+    with Flow("resource") as flow, resource_manager(Connection)() as connection:
+        result = total(connection)
+    assert run(flow).result[result].result == 3
+
+
+@purges_on_dask
+@pytest.mark.parametrize("executor", ["synchronous", "threads"])
+def test_runs_only_what_is_asked_for_where_prefect_does(executor):
+    def computed(flow_runner_cls):
+        calls = Calls()
+        with Flow("subset") as flow:
+            made = calls.make().map([1, 2, 3])
+            result = task(lambda frame, number: number, name="zip").map(made, [1])
+        state = flow_runner_cls(flow).run(return_tasks=[result], executor=EXECUTORS[executor]())
+        assert [child.result for child in state.result[result].map_states] == [1]
+        return calls
+
+    assert computed(DSFlowRunner) == computed(FlowRunner) == [1]
+
+
+@purges_on_dask
+def test_a_purged_state_keeps_its_message_on_a_cluster():
+    @task
+    def say():
+        raise signals.SUCCESS("said so", result=[1])
+
+    with Flow("message") as flow:
+        said = say()
+        pass_on(pass_on(said))
+    purged = run(flow, executor=dask_executor()).result[said]
+    assert purged._result is PurgedResult and purged.message == "said so"
+
+
+@on_each_that_purges
+def test_a_width_that_is_waited_for_keeps_no_frames_alive(executor, counted):
+    with Flow("widths") as flow:
+        parts = [load.map(list(range(10))) for _ in range(3)]
+        for part in parts:
+            total(count.map(step.map(part)))
+            total(pass_on.map(numbers(total(numbers(3)))))
+    assert run(flow, executor=EXECUTORS[executor]()).is_successful()
+    assert peak[0] <= (2 if executor == "local" else 2 * 2 + 2)
+
+
+# Progress ------------------------------------------------------------------------------------
+
+
+def map_of_four():
+    @task(**stored("{id}.csv"))
+    def make(id):
+        if id == 2:
+            raise ValueError(id)
+        return FRAME
+
+    with Flow("progress") as flow:
+        make.map([0, 1, 2, 3])
+    return flow
+
+
+@on_each_executor
+def test_says_how_far_a_long_map_is(executor, log, impatient):
+    FRAME.to_csv("1.csv")
+    ours = executor()
+    run(map_of_four(), executor=ours)
+    lines = [line for line in log(logging.INFO).splitlines() if line.startswith("Mapped task runs")]
+    if prefect_ds._backend_for(ours, logging.getLogger()) is None:
+        assert not lines
+    else:
+        assert len(lines) > 1
+        assert (
+            lines[-1] == "Mapped task runs: 4 of 4 done, 1 found, 0 read, 1 failed, 0 results alive"
+        )
+
+
+def test_says_nothing_of_a_short_map(log):
+    run(map_of_four())
+    assert "Mapped task runs" not in log(logging.INFO)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="There are no terminals of this kind.")
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_shows_a_bar_on_a_terminal(is_terminal, impatient, monkeypatch):
+    pytest.importorskip("tqdm")
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    readable, pipe = os.pipe()
+    with open(terminal if is_terminal else pipe, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        run(map_of_four())
+        stderr.write("end")
+        stderr.flush()
+        shown = b""
+        while not shown.endswith(b"end"):
+            shown += os.read(controller if is_terminal else readable, 10_000)
+    for descriptor in (controller, readable, pipe if is_terminal else terminal):
+        os.close(descriptor)
+    assert (b"mapped task runs: 100%" in shown) == is_terminal
+
+
+# Faults, and flows that run long -------------------------------------------------------------
+
+
+def two_stages(width=10, rows=2000, fault=lambda name: None):
+    """A flow with a file for each task run, which notes the name of the file when it computes."""
+
+    def compute(name, x):
+        note(name)
+        fault(name)
+        return pandas.DataFrame({"x": x})
+
+    @task(**stored("one_{i}.csv"))
+    def one(i):
+        return compute(f"one_{i}.csv", range(i, i + rows))
+
+    @task(**stored("two_{i}.csv"))
+    def two(frame, i):
+        assert len(frame) == rows
+        return compute(f"two_{i}.csv", frame.x * 2)
+
+    @task(**stored("total.csv"))
+    def total(frames):
+        assert [len(frame) for frame in frames] == [rows] * width
+        return compute("total.csv", [sum(int(frame.x.sum()) for frame in frames)])
+
+    with Flow("two stages") as flow:
+        ids = list(range(width))
+        flow.total = total(two.map(one.map(ids), ids))
+    return flow
+
+
+def contents():
+    """Of all files, those of the tests' own book-keeping left out."""
+    return {n: Path(n).read_bytes() for n in files() if os.path.isfile(n) and "noted" not in n}
+
+
+def contents_of_a_run(flow, **kwargs):
+    """What a run leaves in a folder in which nothing has happened before."""
+    os.mkdir("fresh")
+    os.chdir("fresh")
+    try:
+        assert run(flow, **kwargs).is_successful()
+        return contents()
+    finally:
+        os.chdir("..")
+        shutil.rmtree("fresh")
+
+
+def fork(call):
+    """Call a function in a new process, whose exit status is 0 if it returns True."""
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            status = 0 if call() else 1
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return process
+
+
+@takes_posix
+def test_a_flow_that_was_killed_goes_on_where_it_was():
+    seed = random.randrange(10**6)
+    kills = in_another_process(f"kill_flows({seed})")[-1]
+    assert int(kills), f"no kill hit the flow; seed {seed}"
+
+
+def kill_flows(seed):
+    dice = random.Random(seed)
+    logging.disable(logging.CRITICAL)
+    flow = two_stages()
+    whole = contents_of_a_run(flow)
+    kills, status = 0, None
+    while status != 0:
+        finished, start = contents(), len(noted())
+        process = fork(lambda: run(flow).is_successful())
+        victim = start + dice.randrange(1, 7)
+        done = 0
+        while not done and len(noted()) < victim:
+            done, status = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.0005)
+        if not done:
+            time.sleep(dice.random() * 0.02)
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+        assert status == 0 or os.WIFSIGNALED(status), f"it failed after {kills} kills; seed {seed}"
+        kills += status != 0
+        computed = noted()[start:]
+        assert not finished.keys() & set(computed), f"seed {seed}"
+        assert len(set(computed) - contents().keys()) <= 1, f"only one is under way; seed {seed}"
+    assert contents() == whole, f"seed {seed}"
+    print(kills)
+
+
+@contextmanager
+def cluster_of_processes(**environment):
+    """The address of a scheduler with two workers, each a process started as from a shell."""
+    common = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", "noted-cluster.json"]
+    processes = []
+
+    def start(name, *options):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *common, *options]
+        with open(f"noted-{name}.log", "ab") as output:
+            processes.append(
+                subprocess.Popen(
+                    command, env=for_processes(**environment), stdout=output, stderr=output
+                )
+            )
+
+    from distributed import Client
+    from distributed.utils import json_load_robust
+
+    start("scheduler", "--port", "0")
+    try:
+        for _ in range(2):
+            start(
+                "worker", "--nthreads", "1", "--no-nanny", "--local-directory", "dask-worker-space"
+            )
+        while not os.path.exists("noted-cluster.json"):
+            assert processes[0].poll() is None, Path("noted-scheduler.log").read_text()
+            time.sleep(0.01)
+        # The file may be there before it is written to the end.
+        address = json_load_robust("noted-cluster.json")["address"]
+        with Client(address, set_as_default=False) as client:
+            client.wait_for_workers(2)
+        yield address
+    finally:
+        for process in reversed(processes):
+            process.kill()
+            process.wait()
+
+
+def die_once(victim):
+    def die(name):
+        if name == victim and not os.path.exists("noted-death"):
+            note(os.getpid(), "noted-death")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return die
+
+
+@takes_posix
+@pytest.mark.parametrize("allowed_failures", [0, 3])
+def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, impatient):
+    seed = random.randrange(10**6)
+    dice = random.Random(seed)
+    whole = contents_of_a_run(two_stages())
+    flow = two_stages(fault=die_once(dice.choice(["one", "two"]) + f"_{dice.randrange(10)}.csv"))
+    failures = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures)}
+    with cluster_of_processes(**failures) as address:
+        first = run(flow, executor=DaskExecutor(address=address))
+        assert len(noted("noted-death")) == 1
+        finished, start = contents(), len(noted())
+        if allowed_failures:
+            assert first.is_successful(), f"seed {seed}"
+        else:
+            # Below 0.12 the task fails that has asked for what was lost, else the flow.
+            assert first.is_failed() and "KilledWorker" in f"{first.message} {first.result}"
+        second = run(flow, executor=DaskExecutor(address=address))
+        assert second.is_successful(), f"seed {seed}"
+    assert not finished.keys() & set(noted()[start:]), f"seed {seed}"
+    assert contents() == whole, f"seed {seed}"
+
+
+#: Where each task run copies the whole configuration, several times, they are few.
+RUNS = 25 if _COPIES_CONFIG else 100
+
+#: Of files that others write meanwhile, some are newer than what was made from them.
+BY_OTHERS = "is older than"
+
+
+def test_many_runs_at_once_in_threads(log):
+    flow = two_stages(width=2)
+    whole = contents_of_a_run(flow)
+    start = threading.Barrier(RUNS)
+    totals = []
+
+    def once():
+        start.wait()
+        totals.append(int(run(flow).result[flow.total].result.x[0]))
+
+    threads = [threading.Thread(target=once) for _ in range(RUNS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(totals) == RUNS and len(set(totals)) == 1
+    assert contents() == whole
+    assert log(logging.ERROR) == ""
+    assert [text for text in log(logging.WARNING).splitlines() if BY_OTHERS not in text] == []
+
+
+@takes_posix
+def test_many_runs_at_once_in_processes():
+    in_another_process("run_at_once()")
+
+
+def run_at_once():
+    flow = two_stages(width=2)
+    whole = contents_of_a_run(flow)
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.addFilter(lambda record: BY_OTHERS not in record.getMessage())
+    handler.emit = warned.append
+    logging.getLogger("prefect").handlers = [handler]
+    waiting, go = os.pipe()
+
+    def once():
+        os.close(go)
+        os.read(waiting, 1)  # until all are there
+        total = run(flow).result[flow.total].result
+        return total.to_csv(index=False).encode() == whole["total.csv"] and not warned
+
+    processes = [fork(once) for _ in range(RUNS)]
+    os.close(go)
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0] * RUNS
+    assert contents() == whole
+
+
+#: The width of the long run.
+LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 5000))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
+def test_memory_is_flat_in_a_long_run():
+    early, late = map(int, in_another_process("run_long()")[-1].split())
+    assert late - early < 40, f"{early} MB after {LONG // 20} children, {late} MB after {LONG}"
+
+
+def run_long():
+    logging.disable(logging.CRITICAL)
+    used = []
+
+    @task
+    def make(i):
+        return pandas.DataFrame(0.5, index=range(125000), columns=["x"])  # 1 MB
+
+    @task
+    def use(frame):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
+        return len(frame)
+
+    with Flow("long") as flow:
+        result = total(use.map(make.map(numbers(LONG))))
+    assert run(flow).result[result].result == LONG * 125000
+    print(used[LONG // 20 - 1], used[-1])
+
+
+#: What is alive of the class below in this process.
+_tables = weakref.WeakValueDictionary()
+
+
+class Table(pandas.DataFrame):
+    """A frame that notes in which process it arrives, and that can be counted."""
+
+    def __init__(self, name):
+        super().__init__({"name": [name], "x": 1})
+        _tables[id(self)] = self
+
+    def __reduce__(self):
+        return _arrive, (self["name"][0],)
+
+
+def _arrive(name):
+    note(f"{os.getpid()} {name}", "noted-arrivals")
+    return Table(name)
+
+
+def new_table(name):
+    """A table; noted are its name, the process, and how many are alive there."""
+    table = Table(name)
+    note(f"{name} {os.getpid()} {len(_tables)}")
+    return table
+
+
+_Distributed = namedtuple("_Distributed", "first second arrivals files")
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """Two runs of a flow on a cluster: what was computed in each, and what arrived where."""
+    width = 16
+
+    @task
+    def look_up():
+        return new_table("look_up")
+
+    @task(**stored("data/load_{i:02}.pkl"))
+    def load(i):
+        return new_table("load")
+
+    @task(**stored("data/join_{i:02}.pkl"))
+    def join(frame, other, i):
+        return new_table("join")
+
+    @task
+    def measure(frame):
+        return len(frame)
+
+    @task
+    def last(other):
+        return new_table("last")
+
+    with Flow("distributed") as flow:
+        ids = list(range(width))
+        other = look_up()
+        result = total(measure.map(join.map(load.map(ids), unmapped(other), ids)))
+        end = last(other)
+
+    folder = os.getcwd()
+    os.chdir(str(tmp_path_factory.mktemp("cluster")))
+    try:
+        computed = []
+        with cluster_of_processes() as address:
+            for _ in range(2):
+                before = len(noted())
+                states = run(flow, executor=DaskExecutor(address=address)).result
+                assert states[result].result == width
+                assert list(states[end].result["name"]) == ["last"]
+                computed.append([line.split() for line in noted()[before:]])
+        arrivals = [line.split() for line in noted("noted-arrivals")]
+        return _Distributed(*computed, arrivals, files("data"))
+    finally:
+        os.chdir(folder)
+
+
+def test_workers_started_by_hand_share_the_work_and_the_files(distributed):
+    processes = {process for _, process, _ in distributed.first}
+    assert len(processes) == 2 and str(os.getpid()) not in processes
+    assert distributed.files == [f"{n}_{i:02}.pkl" for n in ("join", "load") for i in range(16)]
+    first, second = (Counter(name for name, *_ in computed) for computed in distributed[:2])
+    assert first == {"look_up": 1, "load": 16, "join": 16, "last": 1}
+    assert second == {"look_up": 1, "last": 1}
+
+
+@purges_on_dask
+def test_results_stay_on_the_workers_unless_they_are_terminal(distributed):
+    here = [name for process, name in distributed.arrivals if process == str(os.getpid())]
+    assert here == ["last", "last"]
+    assert "look_up" in {name for _, name in distributed.arrivals}
+
+
+@purges_on_dask
+def test_workers_let_go_of_what_was_purged(distributed):
+    assert max(int(alive_there) for *_, alive_there in distributed.first) <= 8
+
+
+# Single features run as on Prefect's FlowRunner ----------------------------------------------
 
 
 def timing_out():
@@ -6341,7 +6296,8 @@ def test_runs_on_a_schedule_as_prefect_does():
     assert runs == [[1, 1], [1, 1]]
 
 
-# Any flow runs as on Prefect's FlowRunner ---------------------------------------------------
+# Any flow runs as on Prefect's FlowRunner ----------------------------------------------------
+
 #
 # A plan is drawn, in plain data; a flow is built of it, twice, and run on the one runner and on
 # the other. PREFECT_DS_EXAMPLES says how many plans; executors that are slower get fewer.
@@ -6792,3 +6748,51 @@ def test_the_executor_runs_any_flow_as_prefect_does(pausing):
         assert _outcomes(plan, OnDSExecutor, LocalExecutor) == theirs
 
     compare()
+
+
+# The marker ----------------------------------------------------------------------------------
+
+
+def test_there_is_one_purged_result():
+    for same in (
+        copy.copy(PurgedResult),
+        copy.deepcopy(PurgedResult),
+        pickle.loads(pickle.dumps(PurgedResult)),
+        cloudpickle.loads(cloudpickle.dumps(PurgedResult)),
+        PurgedResult.copy() if hasattr(Result, "copy") else PurgedResult,
+    ):
+        assert same is PurgedResult
+    assert repr(PurgedResult) == "<Purged result>" and str(PurgedResult) == "PurgedResult"
+    assert copy.deepcopy(Success(result=PurgedResult))._result is PurgedResult
+
+
+# The README ----------------------------------------------------------------------------------
+
+README = Path(__file__).with_name("README.md")
+
+
+@pytest.mark.skipif(not README.exists(), reason="takes the README beside this file")
+def test_snippets_of_the_readme_print_what_it_says(capsys):
+    logging.disable(logging.CRITICAL)
+    snippets = re.findall(
+        "```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README.read_text("utf-8"), re.DOTALL
+    )
+    assert len(snippets) >= 5
+    names = {"__name__": "readme"}
+    without_executors = {
+        "flow.executor = DSExecutor(flow)": "",
+        "flow.run()": "flow.run(runner_cls=DSFlowRunner, "
+        "task_runner_state_handlers=[checkpoint_handler])",
+        "DSExecutor, ": "DSFlowRunner, checkpoint_handler, ",
+    }
+    try:
+        for code, printed in snippets:
+            code = code.replace("result=PandasResultHandler", STORAGE + "=PandasResultHandler")
+            if not HAS_EXECUTORS:  # as the README says
+                for line, replaced in without_executors.items():
+                    code = code.replace(line, replaced)
+            exec(code, names)
+            said = [line for line in capsys.readouterr().out.splitlines() if "| " not in line]
+            assert said == printed.splitlines(), code
+    finally:
+        logging.disable(logging.NOTSET)
