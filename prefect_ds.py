@@ -3569,11 +3569,15 @@ class _InPool(_HereByItself):
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
-        if self._is_remote:
+        if not self._is_remote:
+            future = self._pool.submit(_run_steps, context, steps)
+        elif all(call.own.get("is_mapped_parent") for call in piece.calls):
+            # All that comes of it is "Mapped": not worth to send what its children will read.
+            future = concurrent.futures.Future()
+            future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
+        else:
             payload, work = self._packer.dumps(context, steps)
             future = self._pool.submit(_run_pickled, payload, work)
-        else:
-            future = self._pool.submit(_run_steps, context, steps)
         future.add_done_callback(lambda done: self._done.put((piece, done)))
 
     def _here(self, outcomes):

@@ -544,7 +544,7 @@ if prefect_ds._FLOW_RUNNER_MAPS:
     INTERNALS += [
         (
             "prefect.engine.flow_runner.run_task",
-            "task state upstream_states context upstream_mapped_states",
+            "task state upstream_states context upstream_mapped_states is_mapped_parent",
             "_Run, _HAND_ON",
         ),
         (
@@ -2384,6 +2384,21 @@ def test_what_several_children_read_is_read_once(executor, log, counted_tables):
     runs_that_read = 2 if executor == "dask" else 1
     read = files_read(log)
     assert set(read) == {"data.pkl"} and len(read) <= runs_that_read
+
+
+class CountsPickles:
+    def __reduce__(self):
+        peak.append(os.getpid())
+        return CountsPickles, ()
+
+
+@purges_on_dask
+def test_what_only_children_read_does_not_travel_to_map_a_task(processes, counted):
+    with Flow("unmapped") as flow:
+        value = task(lambda: CountsPickles(), name="make")()
+        result = task(lambda i, value: i, name="use").map([1, 2, 3], unmapped(value))
+    assert run(flow, executor=InOnePool(processes)).result[result].result == [1, 2, 3]
+    assert peak == [os.getpid()] * 3
 
 
 @purges_on_dask
