@@ -1289,7 +1289,9 @@ class _File:
                     f"{found}. What the task was run on is not at hand here. Run the flow once "
                     "more: without the file, the task will run."
                 ) from exc
-            return again(found)
+            state = again(found)
+            self.written = _newest_behind(state)
+            return state.result
 
 
 def _is_damage(error, file_type):
@@ -1346,7 +1348,7 @@ class _Again:
                 f"{found}. The task run {name!r} took place again for that, but came to {state}. "
                 "Run the flow once more: without the file, the task will run."
             )
-        return state.result
+        return state
 
 
 class _PickledAgain:
@@ -1380,15 +1382,14 @@ class _PickledAgain:
 
 
 def _without_data(state):
-    """The state, if its result is in a file or small; else one whose result is gone."""
+    """A copy of a state that keeps its result, once it is purged, if that is in a file or small."""
+    state, stays = copy.copy(state), _stays(state)
     if state.is_mapped():
-        children = [_without_data(child) for child in state.map_states]
-        state = copy.copy(state)
-        state.map_states = children
-        results = [child._result for child in children]
+        state.map_states = [_without_data(child) for child in state.map_states]
+        # A copy of what is in a file does not hold it.
+        results = [copy.copy(child._result) for child in state.map_states]
         state.result = [r if _is_unread(r) else _at_hand(r) for r in results]
-    elif _stays(state):
-        state = copy.copy(state)
+    elif stays:
         state._result = PurgedResult
     return state
 
@@ -2268,6 +2269,16 @@ def _newest_behind(state):
     return getattr(state, _NEWEST, None)
 
 
+def _newest_of(upstream_states):
+    newest = [
+        _newest_behind(state)
+        for edge, upstream_state in upstream_states.items()
+        for state in _states_behind(edge, upstream_state)
+        if edge.key is not None
+    ]
+    return max(filter(None, newest), default=None)
+
+
 def _is_out_of_date(task_run, location):
     """Whether to run a task since its file is older than one that it was made from."""
     newest, own = task_run.newest_input, task_run.own_file
@@ -2436,8 +2447,7 @@ class DSTaskRunner(TaskRunner):
             or prefect.context.get(_SPREADS) == (task_run.key.flow_name, task_run.key.slug)
         )
         task_run.recomputes = bool(matching) or task_run.spreads
-        newest = [_newest_behind(upstream) for edge, upstream in seen if edge.key is not None]
-        task_run.newest_input = max(filter(None, newest), default=None)
+        task_run.newest_input = _newest_of(upstream_states)
         return state
 
     def get_task_inputs(self, state, upstream_states):
@@ -2489,8 +2499,11 @@ class DSTaskRunner(TaskRunner):
             collection = _Collection(inputs, functools.partial(_collect, self.task))
             collected = Success("Its items are read on demand.", result=_on_demand(collection))
             return self.handle_state_change(state, collected)
+        task_run = _TaskRun.of(self)
         try:
-            _TaskRun.of(self).read = [result.value for result in inputs.values()]
+            task_run.read = [result.value for result in inputs.values()]
+            # What was damaged has been made again.
+            task_run.newest_input = _newest_of(task_run.upstream_states)
         except Exception as exc:
             message = f"Task '{_task_name()}' cannot read its inputs. {exc}"
             return self.handle_state_change(state, Failed(message, result=exc))
@@ -3207,7 +3220,7 @@ class _Run:
     def _chain(self, call):
         """This call, and those of which each but feeds the next."""
         calls = [call]
-        while len(call.dependents) == 1:
+        while len(call.dependents) == 1 and not self._lets_go_of_others(call, calls):
             (dependent,) = call.dependents
             is_alone = self._needed_with(dependent, {call}, call) == {dependent}
             if not is_alone or _edges_read(dependent).count(call) != call.readers:
@@ -3230,7 +3243,18 @@ class _Run:
         inner = Counter(up for c in calls for up in _edges_read(c) if up in calls)
         if any(number != up.readers for up, number in inner.items()):
             return None
+        if any(self._lets_go_of_others(c, calls) for c in calls):
+            return None
         return sorted(calls, key=lambda c: c.number)
+
+    def _lets_go_of_others(self, call, calls):
+        """Whether results of other pieces go when it has read. They stay until its piece ends."""
+        for edge, upstream in _inputs(call):
+            if edge and _is_read(edge) and (edge.mapped or call.record.reading == 1):
+                for other in _calls_in(upstream):
+                    if other not in calls and (not other.done or _is_held(other.value)):
+                        return True
+        return False
 
     def _needed_with(self, call, calls, like):
         """What must join these calls for this one to wait for no other; nothing if it has to.
@@ -3704,6 +3728,14 @@ class _Elsewhere(Result):
 def _elsewhere(state, future, position):
     state._result = _Elsewhere(future, position)
     return state
+
+
+def _is_held(state):
+    """Whether a state holds a result, here or on the cluster, that may be large."""
+    if not _has_result(state):
+        return False
+    is_elsewhere = isinstance(state._result, _Elsewhere)
+    return is_elsewhere or _is_in_file(state._result) or _stays(state)
 
 
 def _stays(outcome):

@@ -151,6 +151,7 @@ EXECUTORS = {
     "dask": lambda: DaskExecutor(address=shared_cluster().scheduler_address),
 }
 
+on_local_and_threads = pytest.mark.parametrize("executor", ["local", "threads"])
 on_each_executor = pytest.mark.parametrize("executor", EXECUTORS.values(), ids=list(EXECUTORS))
 on_each_that_purges = pytest.mark.parametrize(
     "executor", ["local", *(["threads", "dask"] if PURGES_ON_DASK else [])]
@@ -2252,7 +2253,7 @@ def outcome_of(flow, state):
     }
 
 
-@pytest.mark.parametrize("executor", ["local", "threads"])
+@on_local_and_threads
 def test_what_was_written_is_dropped_also_at_the_end_of_a_map(executor, counted_tables):
     peak = []
 
@@ -2384,6 +2385,16 @@ def test_what_several_children_read_is_read_once(executor, log, counted_tables):
     runs_that_read = 2 if executor == "dask" else 1
     read = files_read(log)
     assert set(read) == {"data.pkl"} and len(read) <= runs_that_read
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("threads", marks=purges_on_dask)])
+def test_what_may_make_a_file_again_holds_no_frame(executor, counted_tables):
+    with Flow("reduced") as flow:
+        parts = task(lambda i: table(), name="make", **stored("{i}.pkl")).map([1, 2, 3])
+        joined = task(lambda frames: table(), name="join", **stored("joined.pkl"))(parts)
+        task(lambda frame: None, name="look")(joined)
+    state = run(flow, executor=EXECUTORS[executor]())
+    assert state.is_successful() and tables_alive() == 0
 
 
 class CountsPickles:
@@ -2555,7 +2566,7 @@ def test_what_made_a_damaged_file_runs_again_where_it_is_read(where, processes, 
     assert len([name for name in files() if ".unreadable-" in name]) == 2
 
 
-@pytest.mark.parametrize("executor", ["local", "threads"])
+@on_local_and_threads
 def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
     with Flow("damaged") as flow:
         calls, later = Calls(), Calls()
@@ -2576,6 +2587,40 @@ def test_what_made_a_damaged_file_runs_again_when_it_is_read(executor, log):
 
 def sum_of_ids(frames):
     return sum(int(frame.id.sum()) for frame in frames)
+
+
+@on_local_and_threads
+def test_what_makes_a_damaged_file_again_has_its_small_inputs(executor):
+    with Flow("small") as flow:
+        calls = Calls()
+        small = task(lambda i: i + 1, name="small")
+        make = calls.make(**stored("{id}.pkl"))
+        frames = [make(Parameter("p", default=1)), make(small(1))]
+        mapped = make.map(small.map([2, 3]))
+        reduced = task(lambda ids: FRAME.assign(id=sum(ids)), name="sum", **stored("sum.pkl"))
+        frames.append(reduced(small.map([4, 5])))
+        last = task(lambda a, b: sum_of_ids([*a, *b]), name="last")(frames, mapped)
+    expected = run(flow, executor=EXECUTORS[executor]()).result[last].result
+    names = files()
+    for name in names:
+        damage_the_middle(name)
+    assert run(flow, executor=EXECUTORS[executor]()).result[last].result == expected
+    assert sorted(calls) == [1, 1, 2, 2, 3, 3, 4, 4] and len(files()) == 2 * len(names)
+
+
+def test_what_a_damaged_file_made_again_is_newer_than_what_was_made_of_it():
+    state = {"number": 1}
+    with Flow("newer") as flow:
+        first = task(lambda: FRAME.assign(id=state["number"]), name="a", **stored("a.pkl"))()
+        between = task(lambda frame: int(frame.id[0]), name="between")(first)
+        second = task(lambda n: FRAME.assign(id=n), name="b", **stored("b.pkl"))(between)
+        last = task(lambda n, frame: (n, int(frame.id[0])), name="last")(between, second)
+    assert run(flow).result[last].result == (1, 1)
+    state["number"] = 2
+    damage_the_middle("a.pkl")
+    os.utime("a.pkl", (1, 1))
+    context = {"recompute": "out-of-date"}
+    assert run(flow, context=context).result[last].result == (2, 2)
 
 
 def test_a_reader_gets_no_signal_for_a_frame():
@@ -2982,7 +3027,7 @@ def test_a_target_cannot_lead_out_of_its_folder(runner):
 
 
 @from_0_11
-@pytest.mark.parametrize("executor", ["local", "threads"])
+@on_local_and_threads
 def test_a_callable_path_is_called_with_the_arguments(executor):
     with Flow("callable") as flow:
         calls = Calls()
@@ -3101,8 +3146,6 @@ def test_a_damaged_file_of_a_target_is_kept_beside_the_new_one(handlers, log):
 
 
 # Which file belongs to which task run --------------------------------------------------------
-
-on_local_and_threads = pytest.mark.parametrize("executor", ["local", "threads"])
 
 
 def mapping(path, *values):
@@ -4081,7 +4124,7 @@ def chain_of_files():
         ("", []),
     ],
 )
-@pytest.mark.parametrize("executor", ["local", "threads"])
+@on_local_and_threads
 def test_recomputes_for_one_run(recompute, computed, executor):
     flow, calls = chain_of_files()
     run(flow)
@@ -5808,6 +5851,16 @@ def test_a_purged_state_keeps_its_message_on_a_cluster():
         pass_on(pass_on(said))
     purged = run(flow, executor=dask_executor()).result[said]
     assert purged._result is PurgedResult and purged.message == "said so"
+
+
+@on_each_that_purges
+def test_what_a_reduce_has_read_does_not_wait_for_the_tasks_behind_it(executor, counted):
+    with Flow("behind") as flow:
+        reduced = task(lambda parts: new_part(), name="reduce")(load.map(numbers(10)))
+        # On a cluster, what nobody needs is gone some time later.
+        wait = task(lambda part: wait_until(lambda: parts_alive() <= 2, timeout=5), name="wait")
+        wait(step(step(reduced)))
+    assert run(flow, executor=EXECUTORS[executor]()).is_successful()
 
 
 @on_each_that_purges
