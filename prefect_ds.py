@@ -2307,8 +2307,10 @@ def _write_checkpoint(task_runner, success):
         modified = _modified(place, storage._storage_options)
         gives_it_back &= modified is not None or _is_url(place)
         task_run.own_file = modified and (modified, location)
-        again = _Again(task_runner, task_run.upstream_states)
-        file = _File(storage, place, task_run.own_file, frame, again) if gives_it_back else None
+        file = None
+        if gives_it_back:
+            again = _Again(task_runner, task_run.upstream_states)
+            file = _File(storage, place, task_run.own_file, frame, again)
         success.result = _stored(storage, location, frame, file)
 
 
@@ -3810,8 +3812,8 @@ class _Tasks:
             self.numbers[id(task)] = number
         return self._here[number]
 
-    def dumps(self, thing):
-        with io.BytesIO() as file:
+    def dumps(self, thing, file=None):
+        with file or io.BytesIO() as file:
             _Pickler(file, self, is_nested=isinstance(thing, _Again)).dump(thing)
             return file.getvalue()
 
@@ -3927,10 +3929,15 @@ def _run_work(payload, work, *sources):
 def _pickled_again(again, tasks):
     """What can travel, if it is small."""
     with suppress(Exception):  # There may be anything in a task's inputs and context.
-        pickled = tasks.dumps(again)
-        if len(pickled) <= _PickledAgain.MAX_BYTES:
-            return _PickledAgain(pickled)
+        return _PickledAgain(tasks.dumps(again, _SmallFile()))
     return None
+
+
+class _SmallFile(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > _PickledAgain.MAX_BYTES:
+            raise OverflowError
+        return super().write(data)
 
 
 def _files_of(outcomes):

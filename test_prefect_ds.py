@@ -2589,6 +2589,21 @@ def sum_of_ids(frames):
     return sum(int(frame.id.sum()) for frame in frames)
 
 
+def test_what_may_make_a_file_again_travels_only_if_it_is_small():
+    def pickled_with(*values):
+        upstream = {
+            prefect.core.Edge(Task(), made, key=f"x{n}"): Success(result=value)
+            for n, value in enumerate(values)
+        }
+        again = prefect_ds._Again(DSTaskRunner(made), upstream)
+        return prefect_ds._pickled_again(again, prefect_ds._Tasks(here=[made]))
+
+    made = Calls().make()
+    assert len(pickled_with("a", 1).pickled) < 2000
+    assert pickled_with(*(f"{n:0900}" for n in range(100))) is None
+    assert pickled_with(threading.Lock()) is not None  # It counts as purged.
+
+
 @on_local_and_threads
 def test_what_makes_a_damaged_file_again_has_its_small_inputs(executor):
     with Flow("small") as flow:
