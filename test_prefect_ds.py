@@ -1114,7 +1114,7 @@ def test_a_full_disk_fails_the_task_and_leaves_the_earlier_file(empty_folder):
 @takes_posix
 def test_a_killed_writer_leaves_a_whole_file_or_none():
     seed = random.randrange(10**6)
-    kills = int(os.environ.get("PREFECT_DS_KILLS", 40))
+    kills = int(os.environ.get("PREFECT_DS_KILLS", 25))
     # Forking is safe only where there are no threads.
     leftovers = in_another_process(f"kill_writers({kills}, {seed})")[-1]
     assert int(leftovers), f"no kill hit a write; seed {seed}"
@@ -1452,12 +1452,12 @@ def test_what_a_web_server_has_is_loaded(empty_folder):
 def test_threads_read_and_write_hdf_one_at_a_time():
     pytest.importorskip("tables")
     # Where they do not, the process ends.
-    assert in_another_process("use_hdf_in_threads()")[-1] == "[40, 40]"
+    assert in_another_process("use_hdf_in_threads()")[-1] == "[24, 24]"
 
 
 def use_hdf_in_threads():
     with Flow("hdf") as flow:
-        made = Calls().make(**stored("{id}.h5")).map(list(range(40)))
+        made = Calls().make(**stored("{id}.h5")).map(list(range(24)))
     logging.disable(logging.CRITICAL)
     loaded = []
     for _ in range(2):
@@ -6166,7 +6166,7 @@ def run_at_once():
 
 
 #: The width of the long run.
-LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 5000))
+LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 3000))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
@@ -6380,8 +6380,6 @@ def test_runs_on_a_schedule_as_prefect_does():
 
 
 # Any flow runs as on Prefect's FlowRunner ----------------------------------------------------
-
-#
 # A plan is drawn, in plain data; a flow is built of it, twice, and run on the one runner and on
 # the other. PREFECT_DS_EXAMPLES says how many plans; executors that are slower get fewer.
 
