@@ -407,9 +407,11 @@ def memory(how, count, megabytes, executor="LocalExecutor"):
         return sampled(partial(run, frames_map(count, rows), how, the_executor))
 
 
-def sampled(work):
-    """Pairs of seconds and resident MB above start, while `work` runs, of all processes."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+def sampled(work, with_children=True):
+    """Pairs of seconds and resident MB above start while `work` runs, of children, too."""
+    processes = [psutil.Process()]
+    if with_children:
+        processes += psutil.Process().children(recursive=True)
 
     def resident_now():
         return sum(process.memory_info().rss for process in processes)
@@ -636,7 +638,8 @@ def client_memory(how, count, megabytes):
     flow, kwargs = stored_stages(how, count, rows, ["load", "write"])
     with executor_named("DaskExecutor, 2 processes") as executor:
         run(stored_stages(how, 1, 10, ["warm"])[0], how, executor, **kwargs)
-        return max(r for _, r in sampled(partial(run, flow, how, executor, **kwargs)))
+        work = partial(run, flow, how, executor, **kwargs)
+        return max(r for _, r in sampled(work, with_children=False))
 
 
 def files_read(how, deleted, looks):
