@@ -1228,7 +1228,7 @@ def _at_hand(result):
 class _File:
     """A file with the frame that a task run has returned. Two who read it share what is alive."""
 
-    def __init__(self, storage, place, written, frame=None, again=None):
+    def __init__(self, storage, place, written, again=None, frame=None):
         self._storage: PandasResult = storage
         self._place: str = place  # its absolute path, or URL
         #: when it was written, and where it is
@@ -1244,7 +1244,7 @@ class _File:
 
     def __reduce__(self):
         again = self.again if isinstance(self.again, _PickledAgain) else None
-        return _File, (self._storage, self._place, self.written, None, again)
+        return _File, (self._storage, self._place, self.written, again)
 
     def __repr__(self):
         return self._place
@@ -1379,6 +1379,20 @@ class _PickledAgain:
         """The `_Again`; None if the tasks are not at hand."""
         tasks = getattr(self._in_thread, "tasks", None) or self.tasks
         return tasks and tasks.loads(self.pickled)
+
+
+def _pickled_again(again, tasks):
+    """What can travel, if it is small."""
+    with suppress(Exception):  # There may be anything in a task's inputs and context.
+        return _PickledAgain(tasks.dumps(again, _SmallFile()))
+    return None
+
+
+class _SmallFile(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > _PickledAgain.MAX_BYTES:
+            raise OverflowError
+        return super().write(data)
 
 
 def _without_data(state):
@@ -2253,7 +2267,7 @@ def _find_checkpoint(task_runner):
     if frame is not None:
         return _stored(storage, location, frame, None)
     again = _Again(task_runner, task_run.upstream_states)
-    file = _File(storage, place, task_run.own_file, again=again)
+    file = _File(storage, place, task_run.own_file, again)
     return _stored(storage, location, None, file)
 
 
@@ -2270,12 +2284,8 @@ def _newest_behind(state):
 
 
 def _newest_of(upstream_states):
-    newest = [
-        _newest_behind(state)
-        for edge, upstream_state in upstream_states.items()
-        for state in _states_behind(edge, upstream_state)
-        if edge.key is not None
-    ]
+    seen = _states_seen(upstream_states)
+    newest = [_newest_behind(state) for edge, state in seen if edge.key is not None]
     return max(filter(None, newest), default=None)
 
 
@@ -2310,7 +2320,7 @@ def _write_checkpoint(task_runner, success):
         file = None
         if gives_it_back:
             again = _Again(task_runner, task_run.upstream_states)
-            file = _File(storage, place, task_run.own_file, frame, again)
+            file = _File(storage, place, task_run.own_file, again, frame)
         success.result = _stored(storage, location, frame, file)
 
 
@@ -2428,11 +2438,7 @@ class DSTaskRunner(TaskRunner):
         for upstream_state in upstream_states.values():
             _hang_in(upstream_state)
         state = super().check_upstream_finished(state, upstream_states=upstream_states)
-        seen = [
-            (edge, upstream_state)
-            for edge, upstream in upstream_states.items()
-            for upstream_state in _states_behind(edge, upstream)
-        ]
+        seen = list(_states_seen(upstream_states))
         purged = {
             edge.upstream_task.name
             for edge, upstream_state in seen
@@ -2497,15 +2503,16 @@ class DSTaskRunner(TaskRunner):
         """As Prefect's; moreover, read the inputs that are in files, if the task really runs."""
         if not state.is_running():
             return super().get_task_run_state(state, inputs=inputs, **kwargs)
-        if isinstance(self.task, _COLLECTIONS) and any(map(_is_unread, inputs.values())):
+        reads_files = any(map(_is_unread, inputs.values()))
+        if isinstance(self.task, _COLLECTIONS) and reads_files:
             collection = _Collection(inputs, functools.partial(_collect, self.task))
             collected = Success("Its items are read on demand.", result=_on_demand(collection))
             return self.handle_state_change(state, collected)
         task_run = _TaskRun.of(self)
         try:
             task_run.read = [result.value for result in inputs.values()]
-            # What was damaged has been made again.
-            task_run.newest_input = _newest_of(task_run.upstream_states)
+            if reads_files:  # What was damaged has been made again.
+                task_run.newest_input = _newest_of(task_run.upstream_states)
         except Exception as exc:
             message = f"Task '{_task_name()}' cannot read its inputs. {exc}"
             return self.handle_state_change(state, Failed(message, result=exc))
@@ -2893,6 +2900,13 @@ def _states_behind(edge, upstream):
     return upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
 
 
+def _states_seen(upstream_states):
+    """Pairs of an edge and a state that a task run sees through it."""
+    for edge, upstream in upstream_states.items():
+        for state in _states_behind(edge, upstream):
+            yield edge, state
+
+
 class _TaskRecord:
     """What is known, during one flow run, of a task and the calls that run it."""
 
@@ -3251,12 +3265,11 @@ class _Run:
 
     def _lets_go_of_others(self, call, calls):
         """Whether results of other pieces go when it has read. They stay until its piece ends."""
-        for edge, upstream in _inputs(call):
-            if edge and _is_read(edge) and (edge.mapped or call.record.reading == 1):
-                for other in _calls_in(upstream):
-                    if other not in calls and (not other.done or _is_held(other.value)):
-                        return True
-        return False
+        return any(
+            other not in calls and (not other.done or _is_held(other.value))
+            for edge, other in _calls_read(call)
+            if edge.mapped or call.record.reading == 1
+        )
 
     def _needed_with(self, call, calls, like):
         """What must join these calls for this one to wait for no other; nothing if it has to.
@@ -3327,10 +3340,9 @@ class _Run:
 
     def _keep_what_has_no_file(self, call):
         """A call that is not over goes on in another process, which reads its inputs from files."""
-        for edge, upstream in _inputs(call):
-            for other in _calls_in(upstream) if edge and _is_read(edge) else ():
-                if _has_result(other.value) and _location_of(other.value._result) is None:
-                    other.readers = float("inf")
+        for _, other in _calls_read(call):
+            if _has_result(other.value) and _location_of(other.value._result) is None:
+                other.readers = float("inf")
 
     def _release_inputs(self, call):
         record = call.record
@@ -3408,6 +3420,14 @@ def _edges_read(call):
     """The calls that this one reads, once for each edge."""
     pairs = [(edge, up) for edge, up in _inputs(call) if edge and isinstance(up, _Call)]
     return [upstream for edge, upstream in pairs if _is_read(edge)]
+
+
+def _calls_read(call):
+    """Pairs of an edge and a call that is read through it: of a reduced map, each child."""
+    for edge, upstream in _inputs(call):
+        if edge and _is_read(edge):
+            for other in _calls_in(upstream):
+                yield edge, other
 
 
 def _through_edges(argument):
@@ -3885,8 +3905,8 @@ def _payload_here(pickled):
 _files_here: Any = weakref.WeakValueDictionary()
 
 
-def _file_here(storage, place, written, frame, again):
-    file = _File(storage, place, written, frame, again)
+def _file_here(storage, place, written, again):
+    file = _File(storage, place, written, again)
     if written is not None:
         file = _files_here.setdefault((place, written, repr(storage.read_kwargs)), file)
     file.is_shared = True
@@ -3924,20 +3944,6 @@ def _run_work(payload, work, *sources):
         if isinstance(file.again, _Again):
             file.again = _pickled_again(file.again, tasks)
     return outcomes
-
-
-def _pickled_again(again, tasks):
-    """What can travel, if it is small."""
-    with suppress(Exception):  # There may be anything in a task's inputs and context.
-        return _PickledAgain(tasks.dumps(again, _SmallFile()))
-    return None
-
-
-class _SmallFile(io.BytesIO):
-    def write(self, data):
-        if self.tell() + len(data) > _PickledAgain.MAX_BYTES:
-            raise OverflowError
-        return super().write(data)
 
 
 def _files_of(outcomes):
