@@ -207,8 +207,7 @@ if _HAS_LOCATIONS:
             return new
 
         def write(self, value_, **kwargs):
-            task_run = _TaskRun.current()
-            if task_run is not None and task_run.puts_off(self):
+            if self._is_put_off():
                 return self.from_value(value_)
             new = self.format(**kwargs)
             new.value = value_
@@ -1181,13 +1180,17 @@ def _is_prefects(frame):
     return frame.f_globals.get("__name__", "").startswith("prefect.")
 
 
+#: Task runners and executors with this attribute know how to read what they are handed.
+_READS_ON_DEMAND = "_prefect_ds_reads_on_demand"
+
+
 def _is_for_us(frame):
-    """Whether what is handed on goes to a `DSTaskRunner`, which knows how to read it."""
+    """Whether what is handed on goes to somebody who knows how to read it."""
     while _is_prefects(frame):
         names = frame.f_locals
         runner = names.get("self")
         cls = names.get("task_runner_cls") or getattr(runner, "task_runner_cls", type(runner))
-        if _is_class(cls, DSTaskRunner) or isinstance(names.get("executor"), (_Run, DSExecutor)):
+        if any(getattr(it, _READS_ON_DEMAND, False) for it in (cls, names.get("executor"))):
             return True
         frame = frame.f_back
     return False
@@ -1234,7 +1237,7 @@ class _File:
         #: when it was written, and where it is
         self.written: Optional[Tuple[float, str]] = written
         #: how its task run can take place again, where that is known
-        self.again: Union[_Again, _PickledAgain, None] = again
+        self.again: Any = again
         self.was_read: bool = False
         #: whether to hold what is read until it is dropped: several children of a map read it
         self.is_shared: bool = False
@@ -1243,8 +1246,7 @@ class _File:
         self._lock = threading.RLock()
 
     def __reduce__(self):
-        again = self.again if isinstance(self.again, _PickledAgain) else None
-        return _File, (self._storage, self._place, self.written, again)
+        return _File, (self._storage, self._place, self.written, self.again)
 
     def __repr__(self):
         return self._place
@@ -1281,17 +1283,14 @@ class _File:
             aside = _set_aside(self._place, options, identity)
             if aside is not None:
                 found += f", so it is now {aside}"
-            again = self.again
-            if isinstance(again, _PickledAgain):
-                again = again.load()
+            again = self.again and self.again.load()
             if again is None:
                 raise ValueError(
                     f"{found}. What the task was run on is not at hand here. Run the flow once "
                     "more: without the file, the task will run."
                 ) from exc
-            state = again(found)
-            self.written = _newest_behind(state)
-            return state.result
+            frame, self.written = again.run(found)
+            return frame
 
 
 def _is_damage(error, file_type):
@@ -1309,103 +1308,6 @@ def _is_damage(error, file_type):
 
 def _nothing():
     return None
-
-
-class _Again:
-    """How a task run that has a file can take place again, as far as its inputs are there."""
-
-    __slots__ = ("_class", "_task", "_handlers", "_storage", "_upstream_states", "_context")
-
-    def __init__(self, task_runner, upstream_states):
-        is_cloud = isinstance(task_runner, CloudTaskRunner)  # The backend knows how it has ended.
-        self._class = DSTaskRunner if is_cloud else type(task_runner)
-        self._task = task_runner.task
-        self._handlers = [checkpoint_handler] if is_cloud else task_runner.state_handlers
-        self._storage = getattr(task_runner, _STORAGE)
-        self._upstream_states = {
-            edge: upstream_state
-            if isinstance(edge.upstream_task, Constant)
-            else _without_data(upstream_state)
-            for edge, upstream_state in upstream_states.items()
-        }
-        # Each task run has its own copies of the dictionaries in it, some of them large.
-        self._context = {
-            name: value
-            for name, value in prefect.context.items()
-            if not isinstance(value, dict) or name == "parameters"
-        }
-        # What reads the file may be mapped.
-        self._context.setdefault("map_index", None)
-
-    def __call__(self, found):
-        task_runner: Any = self._class(task=self._task, state_handlers=self._handlers)
-        setattr(task_runner, _STORAGE, self._storage)
-        name = self._context.get("task_full_name")
-        task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
-        state = task_runner.run(upstream_states=self._upstream_states, context=dict(self._context))
-        if not state.is_successful() or state.is_skipped():
-            raise ValueError(
-                f"{found}. The task run {name!r} took place again for that, but came to {state}. "
-                "Run the flow once more: without the file, the task will run."
-            )
-        return state
-
-
-class _PickledAgain:
-    """An `_Again` that travels with its file, from where that was found or written."""
-
-    MAX_BYTES = 2**16
-
-    #: `tasks`: what the piece of work that is under way has; the client has them in the end, too
-    _in_thread = threading.local()
-
-    def __init__(self, pickled):
-        self.pickled: bytes = pickled
-        self.tasks: Optional[_Tasks] = None
-
-    def __reduce__(self):
-        return _PickledAgain, (self.pickled,)
-
-    @classmethod
-    @contextmanager
-    def at_hand(cls, tasks):
-        cls._in_thread.tasks = tasks
-        try:
-            yield
-        finally:
-            cls._in_thread.tasks = None
-
-    def load(self):
-        """The `_Again`; None if the tasks are not at hand."""
-        tasks = getattr(self._in_thread, "tasks", None) or self.tasks
-        return tasks and tasks.loads(self.pickled)
-
-
-def _pickled_again(again, tasks):
-    """What can travel, if it is small."""
-    with suppress(Exception):  # There may be anything in a task's inputs and context.
-        return _PickledAgain(tasks.dumps(again, _SmallFile()))
-    return None
-
-
-class _SmallFile(io.BytesIO):
-    def write(self, data):
-        if self.tell() + len(data) > _PickledAgain.MAX_BYTES:
-            raise OverflowError
-        return super().write(data)
-
-
-def _without_data(state):
-    """A copy of a state that keeps its result, once it is purged, if that is in a file or small."""
-    state, stays = copy.copy(state), _stays(state)
-    if state.is_mapped():
-        state.map_states = [_without_data(child) for child in state.map_states]
-        # A copy of what is in a file does not hold it.
-        results = [copy.copy(child._result) for child in state.map_states]
-        state.result = [r if _is_unread(r) else _at_hand(r) for r in results]
-    elif stays:
-        state._result = PurgedResult
-    return state
 
 
 class _Collection:
@@ -1584,6 +1486,10 @@ class PandasResult(_OnDemand, _Storage):
         if is_child and (is_own or not template.fields):
             template.check_distinct([key for key in mapped if key and is_own])
         return template.fill(fields)
+
+    def _is_put_off(self):
+        task_run = _TaskRun.current()
+        return task_run is not None and task_run.puts_off(self)
 
     def _load(self, location):
         with _existing_file(location, self._storage_options) as path:
@@ -2266,7 +2172,7 @@ def _find_checkpoint(task_runner):
     storage.logger.info("Task '%s': Found %s%s", _task_name(), location, _age(modified))
     if frame is not None:
         return _stored(storage, location, frame, None)
-    again = _Again(task_runner, task_run.upstream_states)
+    again = _Again.of(task_runner, task_run.upstream_states)
     file = _File(storage, place, task_run.own_file, again)
     return _stored(storage, location, None, file)
 
@@ -2319,7 +2225,7 @@ def _write_checkpoint(task_runner, success):
         task_run.own_file = modified and (modified, location)
         file = None
         if gives_it_back:
-            again = _Again(task_runner, task_run.upstream_states)
+            again = _Again.of(task_runner, task_run.upstream_states)
             file = _File(storage, place, task_run.own_file, again, frame)
         success.result = _stored(storage, location, frame, file)
 
@@ -2411,6 +2317,8 @@ class DSTaskRunner(TaskRunner):
     ...     task_runner_state_handlers=[checkpoint_handler]
     ... )  # doctest: +SKIP
     """
+
+    _prefect_ds_reads_on_demand = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -2567,6 +2475,160 @@ class _DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
         return state, {**upstream_states, **loaded}
 
 
+# How a task run takes place again ------------------------------------------------------------
+# When the file that it has written turns out to be damaged.
+
+
+class _Again(NamedTuple):
+    """How a task run that has a file can take place again, as far as its inputs are there."""
+
+    task: Task
+    task_runner_cls: type
+    state_handlers: list
+    storage: Any
+    upstream_states: Dict[Edge, State]
+    context: dict
+
+    @classmethod
+    def of(cls, task_runner, upstream_states):
+        is_cloud = isinstance(task_runner, CloudTaskRunner)  # The backend knows how it has ended.
+        states = {
+            edge: upstream_state
+            if isinstance(edge.upstream_task, Constant)
+            else _without_data(upstream_state)
+            for edge, upstream_state in upstream_states.items()
+        }
+        # Each task run has its own copies of the dictionaries in it, some of them large.
+        context = {
+            name: value
+            for name, value in prefect.context.items()
+            if not isinstance(value, dict) or name == "parameters"
+        }
+        context.setdefault("map_index", None)  # What reads the file may be mapped.
+        return cls(
+            task_runner.task,
+            DSTaskRunner if is_cloud else type(task_runner),
+            [checkpoint_handler] if is_cloud else task_runner.state_handlers,
+            getattr(task_runner, _STORAGE),
+            states,
+            context,
+        )
+
+    def __reduce__(self):
+        return _nothing, ()  # It travels as a `_PickledAgain`, or not at all.
+
+    def load(self):
+        return self
+
+    def run(self, found):
+        """The frame, and when its file was written, and where."""
+        task_runner = self.task_runner_cls(task=self.task, state_handlers=self.state_handlers)
+        setattr(task_runner, _STORAGE, self.storage)
+        name = self.context.get("task_full_name")
+        task_runner.logger.warning("%s. The task run %r takes place again.", found, name)
+        state = task_runner.run(upstream_states=self.upstream_states, context=dict(self.context))
+        if not state.is_successful() or state.is_skipped():
+            raise ValueError(
+                f"{found}. The task run {name!r} took place again for that, but came to {state}. "
+                "Run the flow once more: without the file, the task will run."
+            )
+        return state.result, _newest_behind(state)
+
+
+def _without_data(state):
+    """A copy of a state that keeps its result, once it is purged, if that is in a file or small."""
+    state, stays = copy.copy(state), _stays(state)
+    if state.is_mapped():
+        state.map_states = [_without_data(child) for child in state.map_states]
+        # A copy of what is in a file does not hold it.
+        results = [copy.copy(child._result) for child in state.map_states]
+        state.result = [r if _is_unread(r) else _at_hand(r) for r in results]
+    elif stays:
+        state._result = PurgedResult
+    return state
+
+
+# What errors hold ----------------------------------------------------------------------------
+
+
+def _errors_behind(error):
+    """An error of a task run, and those that led to it, but none of whoever runs the flow."""
+    seen = {id(sys.exc_info()[1])}
+    while isinstance(error, BaseException) and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _let_go_of_data(error, inputs):
+    """Let the traceback of an error hold no data: neither the task's inputs nor frames of pandas.
+
+    A traceback keeps the local variables of the calls that it names, and of those that led
+    there. Variables that hold data get a few words instead; all others stay, for a debugger.
+    """
+    known = set(map(id, inputs)) - set(map(id, (None, True, False)))
+    steps = []
+    for behind in _errors_behind(error):
+        steps += [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
+        steps += _frames_from(steps[0].f_back if steps else None)
+    # Asked after that: in another thread, a task may still run that has raised the same error.
+    under_way = _calls_under_way() if steps else ()
+    for frame in steps:
+        # A generator may go on, with all that it has.
+        if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
+            _empty(frame, known)
+
+
+def _calls_under_way():
+    """The ids of all frames that run, in any thread; to hold these frames would be a cycle."""
+    return {id(f) for top in sys._current_frames().values() for f in _frames_from(top)}
+
+
+def _frames_from(frame):
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+#: What counts as data wherever it comes from, and what of Prefect holds it.
+_DATA = (pandas.DataFrame, pandas.Series, pandas.Index, numpy.ndarray, State, Result)
+
+#: What is not looked into: it belongs to no task run, and leads everywhere.
+_COMMON = (type, types.ModuleType, types.FrameType, types.CodeType, logging.Logger, Task)
+
+_CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _empty(frame, known):
+    data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
+    if not data.keys() <= set(frame.f_code.co_varnames) - set(frame.f_code.co_cellvars):
+        # What is shared with an inner function may live on there: give up this frame's part in it.
+        frame.clear()
+        _ = frame.f_locals  # up to date, now: it is kept, too
+        return
+    for name, value in data.items():
+        _set_local(frame, name, f"<{type(value).__name__} that the task had, let go of>")
+
+
+def _holds_data(value, known):
+    """Whether data can be reached from a value, among the first things that it refers to."""
+    seen: set = set()
+    ahead = deque([value])
+    while ahead and len(seen) < 1000:
+        value = ahead.popleft()
+        kind = type(value)  # `isinstance` might ask the value.
+        if id(value) in known or issubclass(kind, _DATA):
+            return True
+        if id(value) in seen or issubclass(kind, _COMMON):
+            continue
+        seen.add(id(value))
+        if kind is types.FunctionType:  # not its module
+            ahead.extend((value.__closure__, value.__defaults__, value.__kwdefaults__))
+        else:
+            ahead.extend(gc.get_referents(value))
+    return False
+
+
 # How a flow is run ---------------------------------------------------------------------------
 
 
@@ -2720,6 +2782,8 @@ class DSExecutor(Executor):
     >>> flow.register(project_name="sales")  # doctest: +SKIP
     """
 
+    _prefect_ds_reads_on_demand = True
+
     def __init__(self, flow: Flow, executor: Optional[Executor] = None) -> None:
         if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
             raise TypeError(
@@ -2829,16 +2893,18 @@ def _backend_for(executor, logger):
     elif isinstance(executor, DaskExecutor):
         base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
     elif isinstance(executor, LocalDaskExecutor):
-        is_alone = executor.scheduler.startswith(("sync", "single"))
-        base, backend = LocalDaskExecutor, _HereByItself if is_alone else _InPool
-        passed_over = ["submit", "map", "wait"]
+        base, backend, passed_over = LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]
+        if executor.scheduler.startswith(("sync", "single")):
+            backend = _HereByItself
+        elif executor.scheduler in ("processes", "multiprocessing"):
+            backend = _InProcesses
     else:
         logger.warning(
             "Of the executor %s nothing is known. So it runs the flow by itself, as without "
             "prefect_ds, and keeps all results.", type(executor).__name__,
         )  # fmt: skip
         return None
-    if issubclass(backend, _InPool) and not _FLOW_RUNNER_MAPS:
+    if issubclass(backend, _Concurrent) and not _FLOW_RUNNER_MAPS:
         return None
     kind = type(executor)
     own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
@@ -2863,6 +2929,23 @@ def _has_result(state):
     if state.is_mapped() or state.is_skipped() or state._result is PurgedResult:
         return False
     return not _is_unread(state._result) or state._result.source.holds_data()
+
+
+def _stays(outcome):
+    """Whether an outcome holds a result that is not certain to be small."""
+    if not isinstance(outcome, State):
+        return not _is_small(outcome)
+    if not _has_result(outcome) or _is_in_file(outcome._result):
+        return False
+    return _is_unread(outcome._result) or not _is_small(outcome.result)
+
+
+def _is_small(value):
+    if isinstance(value, (list, tuple, str, bytes)) and len(value) > 1000:
+        return False
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, (int, float, type(None))) for item in value)
+    return isinstance(value, (int, float, str, bytes, type(None)))
 
 
 def _drop(state, given, is_kept=False):
@@ -3050,6 +3133,8 @@ class _Run:
     (`_release_datasets` of its `AbstractRunner`), for calls that are not all known from the start.
     """
 
+    _prefect_ds_reads_on_demand = True
+
     def __init__(self, flow, executor, backend, logger):
         self._executor = executor
         self._backend = backend
@@ -3138,7 +3223,8 @@ class _Run:
                 # All tasks are submitted: the flow runner is about to end.
                 self._given_ends = [s for s in _with_children(futures) if isinstance(s, State)]
                 self._go_on_to(None)
-                asked = self._backend.calls_to_end_with(self._records, futures)
+                wanted = self._records if self._backend.runs_all else futures
+                asked = [call for task in wanted for call in self._records[task].calls]
                 self._order.want(asked)
                 self._advance(None)
             else:
@@ -3469,7 +3555,58 @@ def _resources(call):
     return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
-# Where calls run -----------------------------------------------------------------------------
+# How far it is -------------------------------------------------------------------------------
+
+
+class _Progress:
+    """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
+
+    SECONDS_BETWEEN_LINES = 30
+    SECONDS_BETWEEN_LOOKS = 1
+    #: The more there is to see, the longer a look takes: pause for this many times as long.
+    PAUSE_PER_LOOK = 50
+
+    def __init__(self, logger):
+        self._logger = logger
+        self._bar = None
+        self._has_lines = False
+        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
+        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+
+    def tell(self, look):
+        """If it is time to, look how far they are, and say so."""
+        begin = time.monotonic()
+        if begin < self._next_look:
+            return
+        self._show(look(), begin >= self._next_line)
+        end = time.monotonic()
+        pause = max(self.SECONDS_BETWEEN_LOOKS, self.PAUSE_PER_LOOK * (end - begin))
+        self._next_look = end + pause
+
+    def close(self, look):
+        """Say where they have ended, if anything was said before."""
+        if self._bar is not None or self._has_lines:
+            self._show(look(), self._has_lines)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, counts, is_line_due):
+        total, done, others = counts
+        if not total:
+            return
+        if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
+            self._bar = tqdm(desc="mapped task runs", unit="")
+        if self._bar is not None:
+            self._bar.total, self._bar.n = total, done
+            self._bar.set_postfix(others)
+        if is_line_due:
+            self._has_lines = True
+            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+            details = ", ".join(f"{count} {name}" for name, count in others.items())
+            self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
+
+
+# A piece of work -----------------------------------------------------------------------------
 
 
 class _Piece:
@@ -3527,12 +3664,64 @@ def _steps(piece):
     return steps, sources
 
 
+def _run_steps(context, steps, sources=()):
+    """Run the calls of a piece one after the other; return their outcomes."""
+    outcomes: list = []
+    readers: list = []
+
+    def state_at(at):
+        return (outcomes if at.source is None else sources[at.source])[at.position]
+
+    for function, args, kwargs, own_context, readers_left, _, reads in steps:
+        kwargs = dict(kwargs)
+        for key in _UPSTREAM_KEYWORDS:
+            if key in kwargs:
+                kwargs[key] = _replace(kwargs[key], _At, state_at)
+        if own_context is not None:
+            kwargs["context"] = dict(context, **own_context)
+        outcome = _run_call(function, _replace(args, _At, state_at), kwargs)
+        outcomes.append(outcome)
+        readers.append(readers_left)
+        is_read = reads if _has_read_for_good(outcome) else []
+        for position in is_read:
+            readers[position] -= 1
+        for position in (*is_read, len(outcomes) - 1):
+            if not readers[position]:
+                _, _, inputs, _, _, is_kept, _ = steps[position]
+                _drop(outcomes[position], inputs.get("state"), is_kept)
+    return outcomes
+
+
+def _run_call(function, args, kwargs):
+    """Run a call, and let its outcome hold no inputs but those that will be read again.
+
+    Up to Prefect 0.12.0 every state holds them, in case that it is retried.
+    """
+    outcome = _run_without_merging(function, args, kwargs)
+    if isinstance(outcome, State):
+        _let_go_of_data(_at_hand(outcome._result), _values_read(args, kwargs))
+        if _has_read_for_good(outcome):
+            outcome.cached_inputs = {}
+    return outcome
+
+
+def _values_read(args, kwargs):
+    for argument in (*args, kwargs.get("upstream_states")):
+        for edge, upstream in _through_edges(argument):
+            for state in _states_behind(edge, upstream):
+                yield _at_hand(state._result)
+
+
+# Where calls run -----------------------------------------------------------------------------
+
+
 class _Here:
     """Calls run one by one, in this thread."""
 
     is_concurrent = False  # calls go on while the flow runner submits
     takes_chains = False  # calls that feed one another travel together
     schedules = False  # takes calls before those that they need are done
+    runs_all = True  # in the end, also what nobody has asked for
 
     def __init__(self, executor):
         self._executor = executor
@@ -3544,10 +3733,6 @@ class _Here:
 
     def has_room(self, under_way):
         return not under_way
-
-    def calls_to_end_with(self, records, futures):
-        """The calls that Prefect would have run when the flow ends."""
-        return [call for record in records.values() for call in record.calls]
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
@@ -3567,18 +3752,15 @@ class _Here:
 class _HereByItself(_Here):
     """As `_Here`, but not by `LocalDaskExecutor`: it keeps every result until it is left."""
 
+    #: Dask computes what is asked for, and what that needs.
+    runs_all = not _FLOW_RUNNER_MAPS
+
     def begin(self, piece, context):
         self._finished.append((piece, _run_steps(context, _steps(piece)[0])))
 
-    def calls_to_end_with(self, records, futures):
-        # Dask computes what is asked for, and what that needs.
-        if _FLOW_RUNNER_MAPS:
-            records = {task: records[task] for task in futures}
-        return super().calls_to_end_with(records, futures)
 
-
-class _InPool(_HereByItself):
-    """Calls run in the threads or processes that `LocalDaskExecutor` asks for."""
+class _Concurrent(_Here):
+    """Calls run at the same time, and each piece of them tells when it is done."""
 
     is_concurrent = takes_chains = True
 
@@ -3586,68 +3768,81 @@ class _InPool(_HereByItself):
         super().__init__(executor)
         self._done: queue.Queue = queue.Queue()
 
-    @contextmanager
-    def start(self, flow):
-        import dask.config
-        from dask.multiprocessing import get_context
-        from dask.system import CPU_COUNT
-
-        self._width = dask.config.get("num_workers", None) or CPU_COUNT
-        self._packer = _Packer(flow)
-        self._is_remote = self._executor.scheduler in ("processes", "multiprocessing")
-        pool = getattr(self._executor, "_pool", None)
-        if isinstance(pool, concurrent.futures.Executor):
-            self._pool = pool
-            yield
-        elif self._is_remote:
-            with concurrent.futures.ProcessPoolExecutor(self._width, get_context()) as self._pool:
-                yield
-        else:
-            with concurrent.futures.ThreadPoolExecutor(self._width) as self._pool:
-                yield
-
-    def workers(self):
-        return self._width
-
-    def has_room(self, under_way):
-        # One waits in front of a process, which else would wait while a message is on its way.
-        return under_way < self._width + self._is_remote
-
-    def begin(self, piece, context):
-        steps, _ = _steps(piece)
-        if not self._is_remote:
-            future = self._pool.submit(_run_steps, context, steps)
-        elif all(call.own.get("is_mapped_parent") for call in piece.calls):
-            # All that comes of it is "Mapped": not worth to send what its children will read.
-            future = concurrent.futures.Future()
-            future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
-        else:
-            payload, work = self._packer.dumps(context, steps)
-            future = self._pool.submit(_run_pickled, payload, work)
+    def _tell(self, piece, future):
         future.add_done_callback(lambda done: self._done.put((piece, done)))
 
-    def _here(self, outcomes):
-        """Outcomes that have come from a process, ready for whoever reads them in this one."""
-        for file in _files_of(outcomes):
-            if file.again is not None:
-                file.again.tasks = self._packer.tasks
-        return outcomes
-
-    def _arrived(self):
+    def _told(self):
         """Pairs of a piece and a future that is done; waits for at least one."""
         yield self._done.get()
         while not self._done.empty():
             yield self._done.get()
 
+
+class _InThreads(_Concurrent):
+    """Calls run in threads, as many as `LocalDaskExecutor` asks for."""
+
+    runs_all = _HereByItself.runs_all
+
+    @contextmanager
+    def start(self, flow):
+        import dask.config
+        from dask.system import CPU_COUNT
+
+        self._width = dask.config.get("num_workers", None) or CPU_COUNT
+        self._packer = _Packer(flow)
+        pool = getattr(self._executor, "_pool", None)
+        if isinstance(pool, concurrent.futures.Executor):
+            self._pool = pool
+            yield
+        else:
+            with self._new_pool() as self._pool:
+                yield
+
+    def _new_pool(self):
+        return concurrent.futures.ThreadPoolExecutor(self._width)
+
+    def workers(self):
+        return self._width
+
+    def has_room(self, under_way):
+        return under_way < self._width
+
+    def begin(self, piece, context):
+        self._tell(piece, self._pool.submit(_run_steps, context, _steps(piece)[0]))
+
     def finished(self):
-        for piece, future in self._arrived():
-            outcomes = future.result()
-            if self._is_remote:
-                outcomes = self._here(cloudpickle.loads(outcomes))
-            yield piece, outcomes
+        for piece, future in self._told():
+            yield piece, future.result()
 
 
-class _OnCluster(_InPool):
+class _InProcesses(_InThreads):
+    """Calls run in processes, as many as `LocalDaskExecutor` asks for."""
+
+    def _new_pool(self):
+        from dask.multiprocessing import get_context
+
+        return concurrent.futures.ProcessPoolExecutor(self._width, get_context())
+
+    def has_room(self, under_way):
+        # One waits in front of a process, which else would wait while a message is on its way.
+        return under_way <= self._width
+
+    def begin(self, piece, context):
+        steps, _ = _steps(piece)
+        if all(call.own.get("is_mapped_parent") for call in piece.calls):
+            # All that comes of it is "Mapped": not worth to send what its children will read.
+            future: Any = concurrent.futures.Future()
+            future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
+        else:
+            future = self._pool.submit(_run_pickled, *self._packer.dumps(context, steps))
+        self._tell(piece, future)
+
+    def finished(self):
+        for piece, outcomes in super().finished():
+            yield piece, self._packer.received(cloudpickle.loads(outcomes))
+
+
+class _OnCluster(_Concurrent):
     """Calls run on the cluster of a `DaskExecutor`, which decides where and when.
 
     What is small comes to the client as soon as it is there; for the rest a digest comes, and the
@@ -3672,9 +3867,6 @@ class _OnCluster(_InPool):
     def has_room(self, under_way):
         return True
 
-    def calls_to_end_with(self, records, futures):
-        return _Here.calls_to_end_with(self, records, futures)
-
     def begin(self, piece, context):
         steps, sources = _steps(piece)
         payload, work = self._packer.dumps(context, steps)
@@ -3691,7 +3883,7 @@ class _OnCluster(_InPool):
             extra_context=extra_context,
             priority=-next(self._priority),
         )
-        piece.future.add_done_callback(lambda done: self._done.put((piece, done)))
+        self._tell(piece, piece.future)
 
     def _submit(self, function, *args, extra_context=None, priority=1):
         return _submit_to_cluster(
@@ -3701,12 +3893,11 @@ class _OnCluster(_InPool):
     def finished(self):
         small = []
         self._threads = None
-        for piece, future in self._arrived():
+        for piece, future in self._told():
             if future.status != "finished":
                 future.result()
             if future is piece.future and future.type is not _Small:
-                future = self._submit(_without_what_stays, future)
-                future.add_done_callback(lambda done, piece=piece: self._done.put((piece, done)))
+                self._tell(piece, self._submit(_without_what_stays, future))
             else:
                 small.append((piece, future))
         answers = self._executor.wait([future for _, future in small]) if small else []
@@ -3717,7 +3908,7 @@ class _OnCluster(_InPool):
                     for position, (outcome, stays) in enumerate(outcomes)
                 ]
             piece.future = None
-            yield piece, self._here(outcomes)
+            yield piece, self._packer.received(outcomes)
 
     def resolve(self, futures):
         # The flow runner hands on what it does not map over.
@@ -3760,23 +3951,6 @@ def _is_held(state):
     return is_elsewhere or _is_in_file(state._result) or _stays(state)
 
 
-def _stays(outcome):
-    """Whether an outcome holds a result that is not certain to be small."""
-    if not isinstance(outcome, State):
-        return not _is_small(outcome)
-    if not _has_result(outcome) or _is_in_file(outcome._result):
-        return False
-    return _is_unread(outcome._result) or not _is_small(outcome.result)
-
-
-def _is_small(value):
-    if isinstance(value, (list, tuple, str, bytes)) and len(value) > 1000:
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, (int, float, type(None))) for item in value)
-    return isinstance(value, (int, float, str, bytes, type(None)))
-
-
 def _without_what_stays(outcomes):
     """The outcomes of a piece without what stays where it is, and whether that is so."""
     digest = []
@@ -3796,6 +3970,9 @@ def _name_together(calls):
     return dict(first, task_name="-".join(filter(None, names))) if len(calls) > 1 else first
 
 
+# What travels to another process -------------------------------------------------------------
+
+
 class _Packer:
     """Pickles pieces of work: what all calls have in common once, to which they only refer."""
 
@@ -3808,6 +3985,13 @@ class _Packer:
         if self._payload is None:
             self._payload = _Payload(cloudpickle.dumps((context, self.tasks.each_pickled())))
         return self._payload, self.tasks.dumps(steps)
+
+    def received(self, outcomes):
+        """Outcomes from another process, ready for whoever reads their files in this one."""
+        for file in _files_of(outcomes):
+            if file.again is not None:
+                file.again.tasks = self.tasks
+        return outcomes
 
 
 class _Tasks:
@@ -3832,9 +4016,19 @@ class _Tasks:
             self.numbers[id(task)] = number
         return self._here[number]
 
-    def dumps(self, thing, file=None):
-        with file or io.BytesIO() as file:
-            _Pickler(file, self, is_nested=isinstance(thing, _Again)).dump(thing)
+    def dumps(self, thing):
+        return self._dump(io.BytesIO(), thing, tells_again=True)
+
+    def dumps_again(self, again):
+        """What can travel of it: a `_PickledAgain`, if that is small, or None."""
+        with suppress(Exception):  # There may be anything in a task's inputs and context.
+            # How its inputs came to be is not told, too: it would be the whole flow before it.
+            return _PickledAgain(self._dump(_SmallFile(), tuple(again), tells_again=False))
+        return None
+
+    def _dump(self, file, thing, tells_again):
+        with file:
+            _Pickler(file, self.numbers, tells_again).dump(thing)
             return file.getvalue()
 
     def loads(self, pickled):
@@ -3843,15 +4037,14 @@ class _Tasks:
 
 
 class _Pickler(cloudpickle.CloudPickler):
-    def __init__(self, file, tasks, is_nested):
+    def __init__(self, file, numbers, tells_again):
         super().__init__(file)
-        self._numbers = tasks.numbers
-        self._is_nested = is_nested
+        self._numbers = numbers
+        self._tells_again = tells_again
 
     def persistent_id(self, thing):
         if type(thing) is _PickledAgain:
-            # How inputs came to be is not told, too: it would be the whole flow before them.
-            return b"" if self._is_nested else thing.pickled
+            return thing.pickled if self._tells_again else b""
         if type(thing) is _File and thing.is_shared:
             return thing.__reduce__()[1]
         return self._numbers.get(id(thing))
@@ -3869,6 +4062,43 @@ class _Unpickler(pickle.Unpickler):
             self._tasks.shared_files.append(_file_here(*found))
             return self._tasks.shared_files[-1]
         return self._tasks[found]
+
+
+class _PickledAgain:
+    """An `_Again` that travels with its file, from where that was found or written."""
+
+    MAX_BYTES = 2**16
+
+    #: `tasks`: what the piece of work that is under way has; the client has them in the end, too
+    _in_thread = threading.local()
+
+    def __init__(self, pickled):
+        self.pickled: bytes = pickled
+        self.tasks: Optional[_Tasks] = None
+
+    def __reduce__(self):
+        return _PickledAgain, (self.pickled,)
+
+    @classmethod
+    @contextmanager
+    def at_hand(cls, tasks):
+        cls._in_thread.tasks = tasks
+        try:
+            yield
+        finally:
+            cls._in_thread.tasks = None
+
+    def load(self):
+        """The `_Again`; None if the tasks are not at hand."""
+        tasks = getattr(self._in_thread, "tasks", None) or self.tasks
+        return tasks and _Again(*tasks.loads(self.pickled))
+
+
+class _SmallFile(io.BytesIO):
+    def write(self, data):
+        if self.tell() + len(data) > _PickledAgain.MAX_BYTES:
+            raise OverflowError
+        return super().write(data)
 
 
 class _Payload:
@@ -3942,7 +4172,7 @@ def _run_work(payload, work, *sources):
         outcomes = _run_steps(context, steps, sources)
     for file in _files_of(outcomes):
         if isinstance(file.again, _Again):
-            file.again = _pickled_again(file.again, tasks)
+            file.again = tasks.dumps_again(file.again)
     return outcomes
 
 
@@ -3950,47 +4180,6 @@ def _files_of(outcomes):
     for outcome in outcomes:
         if isinstance(outcome, State) and _is_in_file(outcome._result):
             yield outcome._result.source
-
-
-def _run_steps(context, steps, sources=()):
-    """Run the calls of a piece one after the other; return their outcomes."""
-    outcomes: list = []
-    readers: list = []
-
-    def state_at(at):
-        return (outcomes if at.source is None else sources[at.source])[at.position]
-
-    for function, args, kwargs, own_context, readers_left, _, reads in steps:
-        kwargs = dict(kwargs)
-        for key in _UPSTREAM_KEYWORDS:
-            if key in kwargs:
-                kwargs[key] = _replace(kwargs[key], _At, state_at)
-        if own_context is not None:
-            kwargs["context"] = dict(context, **own_context)
-        outcome = _run_call(function, _replace(args, _At, state_at), kwargs)
-        outcomes.append(outcome)
-        readers.append(readers_left)
-        is_read = reads if _has_read_for_good(outcome) else []
-        for position in is_read:
-            readers[position] -= 1
-        for position in (*is_read, len(outcomes) - 1):
-            if not readers[position]:
-                _, _, inputs, _, _, is_kept, _ = steps[position]
-                _drop(outcomes[position], inputs.get("state"), is_kept)
-    return outcomes
-
-
-def _run_call(function, args, kwargs):
-    """Run a call, and let its outcome hold no inputs but those that will be read again.
-
-    Up to Prefect 0.12.0 every state holds them, in case that it is retried.
-    """
-    outcome = _run_without_merging(function, args, kwargs)
-    if isinstance(outcome, State):
-        _let_go_of_data(_at_hand(outcome._result), _values_read(args, kwargs))
-        if _has_read_for_good(outcome):
-            outcome.cached_inputs = {}
-    return outcome
 
 
 # What Prefect's context costs ----------------------------------------------------------------
@@ -4028,145 +4217,6 @@ def _merge_config(own, config):
         key, merged = (own, config), merge_dicts(own, config)
         _last_merge.key_and_outcome = key, merged
     return merged
-
-
-# What errors hold ----------------------------------------------------------------------------
-
-
-def _values_read(args, kwargs):
-    for argument in (*args, kwargs.get("upstream_states")):
-        for edge, upstream in _through_edges(argument):
-            for state in _states_behind(edge, upstream):
-                yield _at_hand(state._result)
-
-
-def _errors_behind(error):
-    """An error of a task run, and those that led to it, but none of whoever runs the flow."""
-    seen = {id(sys.exc_info()[1])}
-    while isinstance(error, BaseException) and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _let_go_of_data(error, inputs):
-    """Let the traceback of an error hold no data: neither the task's inputs nor frames of pandas.
-
-    A traceback keeps the local variables of the calls that it names, and of those that led
-    there. Variables that hold data get a few words instead; all others stay, for a debugger.
-    """
-    known = set(map(id, inputs)) - set(map(id, (None, True, False)))
-    steps = []
-    for behind in _errors_behind(error):
-        steps += [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
-        steps += _frames_from(steps[0].f_back if steps else None)
-    # Asked after that: in another thread, a task may still run that has raised the same error.
-    under_way = _calls_under_way() if steps else ()
-    for frame in steps:
-        # A generator may go on, with all that it has.
-        if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
-            _empty(frame, known)
-
-
-def _calls_under_way():
-    """The ids of all frames that run, in any thread; to hold these frames would be a cycle."""
-    return {id(f) for top in sys._current_frames().values() for f in _frames_from(top)}
-
-
-def _frames_from(frame):
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-#: What counts as data wherever it comes from, and what of Prefect holds it.
-_DATA = (pandas.DataFrame, pandas.Series, pandas.Index, numpy.ndarray, State, Result)
-
-#: What is not looked into: it belongs to no task run, and leads everywhere.
-_COMMON = (type, types.ModuleType, types.FrameType, types.CodeType, logging.Logger, Task)
-
-_CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def _empty(frame, known):
-    data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
-    if not data.keys() <= set(frame.f_code.co_varnames) - set(frame.f_code.co_cellvars):
-        # What is shared with an inner function may live on there: give up this frame's part in it.
-        frame.clear()
-        _ = frame.f_locals  # up to date, now: it is kept, too
-        return
-    for name, value in data.items():
-        _set_local(frame, name, f"<{type(value).__name__} that the task had, let go of>")
-
-
-def _holds_data(value, known):
-    """Whether data can be reached from a value, among the first things that it refers to."""
-    seen: set = set()
-    ahead = deque([value])
-    while ahead and len(seen) < 1000:
-        value = ahead.popleft()
-        kind = type(value)  # `isinstance` might ask the value.
-        if id(value) in known or issubclass(kind, _DATA):
-            return True
-        if id(value) in seen or issubclass(kind, _COMMON):
-            continue
-        seen.add(id(value))
-        if kind is types.FunctionType:  # not its module
-            ahead.extend((value.__closure__, value.__defaults__, value.__kwdefaults__))
-        else:
-            ahead.extend(gc.get_referents(value))
-    return False
-
-
-# How far it is -------------------------------------------------------------------------------
-
-
-class _Progress:
-    """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
-
-    SECONDS_BETWEEN_LINES = 30
-    SECONDS_BETWEEN_LOOKS = 1
-    #: The more there is to see, the longer a look takes: pause for this many times as long.
-    PAUSE_PER_LOOK = 50
-
-    def __init__(self, logger):
-        self._logger = logger
-        self._bar = None
-        self._has_lines = False
-        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
-        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-
-    def tell(self, look):
-        """If it is time to, look how far they are, and say so."""
-        begin = time.monotonic()
-        if begin < self._next_look:
-            return
-        self._show(look(), begin >= self._next_line)
-        end = time.monotonic()
-        pause = max(self.SECONDS_BETWEEN_LOOKS, self.PAUSE_PER_LOOK * (end - begin))
-        self._next_look = end + pause
-
-    def close(self, look):
-        """Say where they have ended, if anything was said before."""
-        if self._bar is not None or self._has_lines:
-            self._show(look(), self._has_lines)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, counts, is_line_due):
-        total, done, others = counts
-        if not total:
-            return
-        if self._bar is None and tqdm is not None and sys.stderr and sys.stderr.isatty():
-            self._bar = tqdm(desc="mapped task runs", unit="")
-        if self._bar is not None:
-            self._bar.total, self._bar.n = total, done
-            self._bar.set_postfix(others)
-        if is_line_due:
-            self._has_lines = True
-            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-            details = ", ".join(f"{count} {name}" for name, count in others.items())
-            self._logger.info("Mapped task runs: %d of %d done, %s", done, total, details)
 
 
 # The modules of the original prefect_ds, so that its import lines go on to work, under whatever

@@ -525,8 +525,8 @@ INTERNALS = [
         "_DSCloudTaskRunner: the checkpoint comes before the report",
     ),
     ("prefect_ds.LocalExecutor.submit", "fn", "_Here"),
-    ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InPool"),
-    ("prefect_ds.LocalDaskExecutor().scheduler", None, "_backend_for, _InPool"),
+    ("prefect_ds.LocalDaskExecutor.__init__", "scheduler", "_InThreads"),
+    ("prefect_ds.LocalDaskExecutor().scheduler", None, "_backend_for"),
     ("prefect.context.get", "key", "_key and others: names of what runs, scheduled_start_time"),
     ("prefect.triggers.all_successful", None, "_is_read: Prefect's own triggers read no result"),
     ("prefect.tasks.control_flow", None, "_unless_prefects"),
@@ -2595,8 +2595,8 @@ def test_what_may_make_a_file_again_travels_only_if_it_is_small():
             prefect.core.Edge(Task(), made, key=f"x{n}"): Success(result=value)
             for n, value in enumerate(values)
         }
-        again = prefect_ds._Again(DSTaskRunner(made), upstream)
-        return prefect_ds._pickled_again(again, prefect_ds._Tasks(here=[made]))
+        again = prefect_ds._Again.of(DSTaskRunner(made), upstream)
+        return prefect_ds._Tasks(here=[made]).dumps_again(again)
 
     made = Calls().make()
     assert len(pickled_with("a", 1).pickled) < 2000
