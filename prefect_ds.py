@@ -18,10 +18,11 @@ The entry points, in the order in which data goes through them:
 What differs between Prefect's releases is settled in the first section, by flags; below it, nothing
 asks for a version. Then comes what happens to a frame: how its path is filled, how pandas writes it
 and what gets lost by that, how its file appears, what is known of one that is there, and when it is
-read; the storage that a user names; what is noted of a task run, and whose a file is; and what
-decides whether a task runs. Then comes a flow run: the runner or executor that a user names, when a
-result may go, what runs next, and where. What this takes beside stands at the end: what Prefect's
-context costs, what errors hold, and progress.
+read; the storage that a user names; what is noted of a task run, and whose a file is. Then comes a
+task run: what decides whether it takes place, the runner that a user names, how it takes place
+again, and what its errors hold. Then comes a flow run: the runner and the executor that a user
+names, when a result may go, what runs next, and how far it is. The rest is what a flow run is made
+of: a piece of work, where it runs, how it gets there, and what Prefect's context costs.
 
 The internals of Prefect that this file relies on are listed, and held, by
 `test_touches_only_these_internals` in `test_prefect_ds.py`.
