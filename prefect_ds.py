@@ -2979,6 +2979,10 @@ def _has_read_for_good(outcome):
     return outcome.is_finished() and not outcome.is_cached()
 
 
+def _children_of(state):
+    return state.map_states if isinstance(state, Mapped) else ()
+
+
 def _states_behind(edge, upstream):
     """The states that a task run sees through an edge: those of the children, if it reduces."""
     return upstream.map_states if upstream.is_mapped() and not edge.mapped else [upstream]
@@ -3310,76 +3314,11 @@ class _Run:
                 asked.pop()
 
     def _next_calls(self):
-        """The next call and those that travel with it, in the order in which they run.
-
-        As Dask fuses tasks (https://docs.dask.org/en/stable/optimize.html): what one of them
-        returns is handed to the next and dropped, and never leaves the place where they run.
-        """
+        """The next call and those that travel with it, in the order in which they run."""
         call = self._order.next()
         if call is None or not self._backend.takes_chains:
             return [call] if call else []
-        return self._of_one_index(call) or self._chain(call)
-
-    def _chain(self, call):
-        """This call, and those of which each but feeds the next."""
-        calls = [call]
-        while len(call.dependents) == 1 and not self._lets_go_of_others(call, calls):
-            (dependent,) = call.dependents
-            is_alone = self._needed_with(dependent, {call}, call) == {dependent}
-            if not is_alone or _edges_read(dependent).count(call) != call.readers:
-                break
-            calls.append(dependent)
-            call = dependent
-        return calls
-
-    def _of_one_index(self, call):
-        """All that is done with one item of maps that part or meet, if they have many items."""
-        if call.index < 0 or len(call.record.calls) <= 2 * self._backend.workers():
-            return None
-        calls, ahead = {call}, [call]
-        while ahead:
-            for dependent in ahead.pop().dependents:
-                new = self._needed_with(dependent, calls, call)
-                calls |= new
-                ahead += new
-        # What is read outside, too, would have to go there with all that is left of the others.
-        inner = Counter(up for c in calls for up in _edges_read(c) if up in calls)
-        if any(number != up.readers for up, number in inner.items()):
-            return None
-        if any(self._lets_go_of_others(c, calls) for c in calls):
-            return None
-        return sorted(calls, key=lambda c: c.number)
-
-    def _lets_go_of_others(self, call, calls):
-        """Whether results of other pieces go when it has read. They stay until its piece ends."""
-        return any(
-            other not in calls and (not other.done or _is_held(other.value))
-            for edge, other in _calls_read(call)
-            if edge.mapped or call.record.reading == 1
-        )
-
-    def _needed_with(self, call, calls, like):
-        """What must join these calls for this one to wait for no other; nothing if it has to.
-
-        All of them are of the same index, and ask for the same resources, as `like`.
-        """
-        needed, stack = set(), [call]
-        while stack:
-            other = stack.pop()
-            if other.done or other in calls or other in needed:
-                continue
-            if (
-                other.begun
-                or not other.is_wanted
-                or other.record is None
-                or other.record.restarts
-                or other.index != like.index
-                or _resources(other) != _resources(like)
-            ):
-                return set()
-            needed.add(other)
-            stack.extend(c for _, upstream in _inputs(other) for c in _calls_in(upstream))
-        return needed
+        return _of_one_index(call, self._backend.workers) or _chain(call)
 
     def _begin(self, calls):
         piece = _Piece(calls)
@@ -3542,18 +3481,8 @@ def _replace(futures, kinds, replacement):
     return futures
 
 
-def _children_of(state):
-    return state.map_states if isinstance(state, Mapped) else ()
-
-
 def _flattens(edge):
     return getattr(edge, "flattened", False)
-
-
-def _resources(call):
-    """The tags by which a task asks for a place on the cluster."""
-    tags = (call.extra_context or {}).get("task_tags") or ()
-    return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
 # How far it is -------------------------------------------------------------------------------
@@ -3608,6 +3537,79 @@ class _Progress:
 
 
 # A piece of work -----------------------------------------------------------------------------
+# As Dask fuses tasks (https://docs.dask.org/en/stable/optimize.html): what one of its calls returns
+# is handed to the next and dropped, and never leaves the place where they run.
+
+
+def _chain(call):
+    """This call, and those of which each but feeds the next."""
+    calls = [call]
+    while len(call.dependents) == 1 and not _lets_go_of_others(call, calls):
+        (dependent,) = call.dependents
+        is_alone = _needed_with(dependent, {call}, call) == {dependent}
+        if not is_alone or _edges_read(dependent).count(call) != call.readers:
+            break
+        calls.append(dependent)
+        call = dependent
+    return calls
+
+
+def _of_one_index(call, workers):
+    """All that is done with one item of maps that part or meet, if they have many items."""
+    if call.index < 0 or len(call.record.calls) <= 2 * workers():
+        return None
+    calls, ahead = {call}, [call]
+    while ahead:
+        for dependent in ahead.pop().dependents:
+            new = _needed_with(dependent, calls, call)
+            calls |= new
+            ahead += new
+    # What is read outside, too, would have to go there with all that is left of the others.
+    inner = Counter(up for c in calls for up in _edges_read(c) if up in calls)
+    if any(number != up.readers for up, number in inner.items()):
+        return None
+    if any(_lets_go_of_others(c, calls) for c in calls):
+        return None
+    return sorted(calls, key=lambda c: c.number)
+
+
+def _lets_go_of_others(call, calls):
+    """Whether results of other pieces go when it has read. They stay until its piece ends."""
+    return any(
+        other not in calls and (not other.done or _is_held(other.value))
+        for edge, other in _calls_read(call)
+        if edge.mapped or call.record.reading == 1
+    )
+
+
+def _needed_with(call, calls, like):
+    """What must join these calls for this one to wait for no other; nothing if it has to.
+
+    All of them are of the same index, and ask for the same resources, as `like`.
+    """
+    needed, stack = set(), [call]
+    while stack:
+        other = stack.pop()
+        if other.done or other in calls or other in needed:
+            continue
+        if (
+            other.begun
+            or not other.is_wanted
+            or other.record is None
+            or other.record.restarts
+            or other.index != like.index
+            or _resources(other) != _resources(like)
+        ):
+            return set()
+        needed.add(other)
+        stack.extend(c for _, upstream in _inputs(other) for c in _calls_in(upstream))
+    return needed
+
+
+def _resources(call):
+    """The tags by which a task asks for a place on the cluster."""
+    tags = (call.extra_context or {}).get("task_tags") or ()
+    return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
 class _Piece:
@@ -3631,7 +3633,7 @@ class _At(namedtuple("_At", "source position")):
 
 def _steps(piece):
     """The steps of a piece, and the futures of other pieces that they need."""
-    sources = []
+    sources: dict = {}
 
     def stand_in(upstream):
         if isinstance(upstream, _Call):
@@ -3648,9 +3650,7 @@ def _steps(piece):
         return upstream
 
     def source(future):
-        if future not in sources:
-            sources.append(future)
-        return sources.index(future)
+        return sources.setdefault(id(future), (len(sources), future))[0]
 
     steps = []
     for call in piece.calls:
@@ -3662,7 +3662,7 @@ def _steps(piece):
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
         is_kept = call.record is None or call.record.is_kept
         steps.append((call.function, args, kwargs, call.context, call.readers, is_kept, reads))
-    return steps, sources
+    return steps, [future for _, future in sources.values()]
 
 
 def _run_steps(context, steps, sources=()):
