@@ -544,20 +544,22 @@ def _sample(frame, file_type):
     if len(frame) <= _SAMPLE_ROWS or (is_by_value and frame.size <= _MAX_CELLS):
         return frame
     half = _SAMPLE_ROWS // 10
-    ends = [*range(half), *range(len(frame) - half, len(frame))]
-    rows = [ends] * frame.shape[1]
+    first, last = [*range(half)], [*range(len(frame) - half, len(frame))]
+    telling: list = [[] for _ in frame.columns]
     if is_by_value:
-        rows = [[*ends, *found.values()] for found in _telling_rows(frame, file_type)]
-    length = max(map(len, rows), default=len(ends))
-    if length >= len(frame):
+        telling = [[*found.values()] for found in _telling_rows(frame, file_type)]
+    length = max(map(len, telling), default=0)
+    if length + len(first) + len(last) >= len(frame):
         return frame
-    fill = ends * (length // len(ends) + 1)
     cells = {
-        number: frame.iloc[:, number].array.take(chosen + fill[: length - len(chosen)])
-        for number, chosen in enumerate(rows)
+        number: frame.iloc[:, number]
+        .take([*first, *rows, *itertools.repeat(0, length - len(rows)), *last])
+        .reset_index(drop=True)
+        for number, rows in enumerate(telling)
     }
-    index = frame.index.take([*range(length - half), *range(len(frame) - half, len(frame))])
-    sample = pandas.DataFrame(cells, index=range(length) if _is_numbered(frame) else index)
+    sample = pandas.DataFrame(cells, index=range(len(first) + length + len(last)))
+    if not _is_numbered(frame):
+        sample.index = frame.index.take([*range(len(first) + length), *last])
     sample.columns = frame.columns
     if "_attrs" in frame.__dict__:
         sample.attrs = frame.attrs

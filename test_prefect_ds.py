@@ -1631,6 +1631,50 @@ def test_says_so_of_one_cell_in_the_middle_that_is_not_kept(name, rows, log):
     assert ("does not keep all" in log(logging.WARNING)) == (not is_kept)
 
 
+_DAY = pandas.Timestamp("2020-01-01")
+
+#: The cell that is repeated, and the one in the middle.
+_ODD_CELLS = {
+    "tiny": (1.5, 1.234e-7),
+    "digits of a float": (1.5, 0.12345678901234568),
+    "missing float": (1.5, float("nan")),
+    "fraction": (1.0, 1.5),
+    "large": (1, 2**60 + 1),
+    "time": (_DAY, pandas.Timestamp("2020-01-01 10:20:30")),
+    "nanoseconds": (_DAY, pandas.Timestamp("2020-01-01 10:20:30.123456789")),
+    "early": (_DAY, pandas.Timestamp("1850-01-01")),
+    "no time": (_DAY, pandas.NaT),
+    "no boolean": (True, None),
+    "number among text": ("a", 1),
+    "beyond 64 bits": (1, 2**70),
+    "digits among text": ("a", "01"),
+    "text among digits": ("01", "a"),
+    "word": ("a", "NA"),
+    "blank": ("a", "a "),
+    "return": ("a", "a\rb"),
+    "missing text": ("a", float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.json", "data.xlsx"])
+def test_a_sample_of_a_large_frame_tells_the_same_as_all_of_it(name, monkeypatch):
+    told = {}
+    for cells, key in ((10**9, "all"), (0, "sample")):
+        monkeypatch.setattr(prefect_ds, "_MAX_CELLS", cells)
+        for odd, (cell, other) in _ODD_CELLS.items():
+            column = pandas.Series([cell] * 150 + [other] + [cell] * 149)
+            if odd == "missing text":
+                column = column.astype(object)
+            frame = pandas.DataFrame({"x": column})
+            try:
+                told[odd, key] = PandasResult(name)._save(frame, name)
+            except ImportError as missing:
+                pytest.skip(f"pandas needs another package: {missing}")
+            except (ValueError, OverflowError):
+                told[odd, key] = "It cannot be written and read back."
+    assert [odd for odd in _ODD_CELLS if told[odd, "all"] != told[odd, "sample"]] == []
+
+
 @pytest.mark.parametrize(
     "column",
     [
