@@ -716,7 +716,8 @@ _said: set = set()
 def _filesystem(path, storage_options):
     """The file system of fsspec, None for the local one, and the path in it."""
     if not _is_url(path):
-        return None, _local(path)
+        # A link stays a link to the new file; folders that ".." leaves need not be there.
+        return None, os.path.realpath(_local(path))
     try:
         import fsspec
     except ImportError:
@@ -799,7 +800,6 @@ def _new_file(path, storage_options, unreadable=None):
                 _set_aside(place, storage_options, unreadable)
             _upload(filesystem, local, path)
         return
-    path = os.path.realpath(path)  # A link stays a link to the new file.
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     _remove_leftovers(folder, name)
@@ -1083,7 +1083,6 @@ def _set_aside(path, storage_options, unreadable):
     filesystem, path = _filesystem(path, storage_options)
     if filesystem is not None:
         return _set_aside_there(filesystem, path)
-    path = os.path.realpath(path)
     folder, aside = os.path.dirname(path), _aside(path)
     try:
         os.replace(path, aside)

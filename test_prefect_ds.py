@@ -1855,6 +1855,23 @@ def test_replacing_a_file_keeps_its_mode_and_a_link_to_it():
         assert os.stat("there/data.csv").st_mode & 0o777 == (mode or 0o666 & ~umask)
 
 
+@takes_posix
+def test_a_link_with_another_extension_leads_to_what_was_written():
+    os.symlink("data.csv.gz", "link.csv")
+    storage = PandasResult("link.csv")
+    storage._save(FRAME, "link.csv")
+    assert_identical(storage._load("link.csv"), FRAME)
+
+
+def test_a_path_may_leave_a_folder_that_is_not_there():
+    calls = Calls()
+    with Flow("dots") as flow:
+        calls.make(**stored("data/folder/../{id}.csv"))(1)
+    for _ in range(2):
+        assert run(flow).is_successful() and files("data") == ["1.csv"]
+    assert calls == [1]
+
+
 def test_a_relative_path_is_where_it_was_when_the_task_began():
     os.mkdir("elsewhere")
 
