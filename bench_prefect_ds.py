@@ -45,7 +45,6 @@ from prefect.engine.result import Result
 from prefect_ds.checkpoint_handler import checkpoint_handler
 from prefect_ds.flow_runner import DSFlowRunner
 from prefect_ds.pandas_result_handler import PandasResultHandler
-from prefect_ds.task_runner import DSTaskRunner
 
 # What the installed Prefect offers ------------------------------------------------------------
 
@@ -68,7 +67,7 @@ DASK_NAMES = ["LocalDaskExecutor", "DaskExecutor"] if hasattr(flow_runner, "run_
 #: time per task run over Prefect's own: what slows it down differs between releases
 OVERHEAD_BOUND = 0.05 if RELEASE >= (0, 14) else 0.6 if RELEASE >= (0, 12) else 1.0
 
-RUNNERS = {"ours": DSFlowRunner, "own": partial(FlowRunner, task_runner_cls=DSTaskRunner)}
+RUNNERS = {"ours": DSFlowRunner, "own": FlowRunner}
 WAYS = [*RUNNERS, "loop"]
 
 #: Whether Prefect's own `target` is there to compare with, and what it takes.

@@ -3054,10 +3054,11 @@ class _Call:
         #: by how many edges its result is still to be read
         self.readers: int = record.readers if record else 0
 
-        self.function = self.args = self.extra_context = None
+        self.function = self.args = None
+        self.extra_context = _NOTHING
         self.common: dict = {}  # keyword arguments that it shares with other calls of its task
-        self.own: dict = {}  # the other ones
-        self.context = None  # what its context does not share with those of all calls
+        self.own: tuple = _NOTHING  # the other ones, folded
+        self.context: Optional[tuple] = None  # what it does not share with that of all calls
 
         self.needs: List[_Call] = []  # what it cannot begin without, the first one last
         self.size = self.missing = 0  # how many these were, and how many still are in its way
@@ -3069,6 +3070,12 @@ class _Call:
 
 #: What a call that is done still needs.
 _NO_CALLS: List[_Call] = []
+
+#: The keys of folded dictionaries, each once.
+_keys: Dict[tuple, tuple] = {}
+
+#: An empty dictionary, folded.
+_NOTHING: tuple = ((),)
 
 
 class _Order:
@@ -3200,7 +3207,7 @@ class _Run:
         ):
             given.result = None  # What the children hold: the flow runner put it there, too.
         call = self._new_call(record, given)
-        call.function, call.args, call.extra_context = fn, args, extra_context
+        call.function, call.args, call.extra_context = fn, args, _folded(extra_context or {})
         needed = {}
         for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
             for edge, upstream in _through_edges(argument):
@@ -3208,12 +3215,12 @@ class _Run:
                 needed.update(dict.fromkeys(_calls_in(upstream)))
         self._connect(call, needed)
         if "context" in kwargs:
-            call.context = _difference(kwargs.pop("context"), self._context)
+            call.context = _folded(_difference(kwargs.pop("context"), self._context))
         if "task" not in kwargs:
-            call.own = kwargs
+            call.own = _folded(kwargs)
         else:
             record.common = record.common or {k: kwargs[k] for k in {*kwargs} - _OWN_KEYWORDS}
-            call.own, call.common = _difference(kwargs, record.common), record.common
+            call.own, call.common = _folded(_difference(kwargs, record.common)), record.common
         if self._current is not None:
             self._order.want([call])
         elif record is not None and record.is_awaited and call.index == -1:
@@ -3437,9 +3444,21 @@ def _difference(new, common):
     return {k: v for k, v in new.items() if k not in common or common[k] is not v}
 
 
+def _folded(mapping):
+    """A dictionary as a tuple: a third of its memory, as thousands of calls may wait."""
+    keys = tuple(mapping)
+    return (_keys.setdefault(keys, keys), *mapping.values())
+
+
+def _unfolded(folded):
+    keys, *values = folded
+    return dict(zip(keys, values))
+
+
 def _inputs(call):
     """Pairs of an edge (None for a helper's) and what a call gets through it."""
-    for argument in (*call.args, *map(call.own.get, _UPSTREAM_KEYWORDS)):
+    own = _unfolded(call.own)
+    for argument in (*call.args, *map(own.get, _UPSTREAM_KEYWORDS)):
         yield from _through_edges(argument)
 
 
@@ -3609,7 +3628,7 @@ def _needed_with(call, calls, like):
 
 def _resources(call):
     """The tags by which a task asks for a place on the cluster."""
-    tags = (call.extra_context or {}).get("task_tags") or ()
+    tags = _unfolded(call.extra_context).get("task_tags") or ()
     return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
@@ -3655,14 +3674,15 @@ def _steps(piece):
 
     steps = []
     for call in piece.calls:
-        kwargs = {**call.common, **call.own}
+        kwargs = {**call.common, **_unfolded(call.own)}
         for key in _UPSTREAM_KEYWORDS:
             if key in kwargs:
                 kwargs[key] = _replace(kwargs[key], (_Call, State), stand_in)
         args = [_replace(arg, (_Call, State), stand_in) for arg in call.args]
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
         is_kept = call.record is None or call.record.is_kept
-        steps.append((call.function, args, kwargs, call.context, call.readers, is_kept, reads))
+        context = call.context and _unfolded(call.context)
+        steps.append((call.function, args, kwargs, context, call.readers, is_kept, reads))
     return steps, [future for _, future in sources.values()]
 
 
@@ -3831,7 +3851,7 @@ class _InProcesses(_InThreads):
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
-        if all(call.own.get("is_mapped_parent") for call in piece.calls):
+        if all(_unfolded(call.own).get("is_mapped_parent") for call in piece.calls):
             # All that comes of it is "Mapped": not worth to send what its children will read.
             future: Any = concurrent.futures.Future()
             future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
@@ -3967,9 +3987,11 @@ def _without_what_stays(outcomes):
 
 def _name_together(calls):
     """What the dashboard shows: names joined as Dask's `fuse` does."""
-    first = calls[0].extra_context or {}
-    names = [(call.extra_context or {}).get("task_name", "") for call in calls]
-    return dict(first, task_name="-".join(filter(None, names))) if len(calls) > 1 else first
+    contexts = [_unfolded(call.extra_context) for call in calls]
+    if len(calls) == 1:
+        return contexts[0]
+    names = [context.get("task_name", "") for context in contexts]
+    return dict(contexts[0], task_name="-".join(filter(None, names)))
 
 
 # What travels to another process -------------------------------------------------------------
