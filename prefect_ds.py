@@ -3039,43 +3039,68 @@ class _TaskRecord:
 class _Call:
     """A call that the flow runner has submitted: a task run, or a small helper of Prefect's."""
 
-    __slots__ = (
-        "number", "record", "given", "index", "readers", "function", "args", "extra_context",
-        "common", "own", "context", "needs", "size", "missing", "dependents", "is_wanted",
-        "begun", "done", "piece", "value",
-    )  # fmt: skip
+    __slots__ = ("record", "index", "given", "readers", "pending", "value")
 
-    def __init__(self, number, record, given):
-        self.number: int = number  # in the order of submission
+    def __init__(self, record, given):
         self.record: Optional[_TaskRecord] = record  # of the task; a helper has none
-        self.given = given  # the state that a task run starts from
         #: among the children of a mapped task; -1: the run of the task itself
         self.index: int = len(record.calls) - 1 if record else -1
+        self.given = given  # the state that a task run starts from
         #: by how many edges its result is still to be read
         self.readers: int = record.readers if record else 0
+        self.pending: Any = None  # a `_Pending`, until it is done
+        self.value: Any = None  # what it came to: a state, or for a helper whatever that returns
 
-        self.function = self.args = None
-        self.extra_context = _NOTHING
-        self.common: dict = {}  # keyword arguments that it shares with other calls of its task
-        self.own: tuple = _NOTHING  # the other ones, folded
-        self.context: Optional[tuple] = None  # what it does not share with that of all calls
+    @property
+    def is_done(self):
+        return self.pending is None
+
+    @property
+    def has_begun(self):
+        return self.is_done or self.pending.piece is not None
+
+
+class _Pending:
+    """What a call needs until it is done: its arguments, and what goes before and after it."""
+
+    __slots__ = (
+        "number", "function", "args", "common", "own", "context", "extra_context",
+        "needs", "size", "missing", "dependents", "is_wanted", "piece",
+    )  # fmt: skip
+
+    def __init__(self, number, function, args, common, own, context, extra_context):
+        self.number: int = number  # in the order of submission
+        self.function: Callable = function
+        self.args: tuple = args
+        self.common: dict = common  # keyword arguments that it shares with other calls of its task
+        self.own: tuple = _folded(own)  # the other ones
+        #: what its context does not share with that of all calls; None if it has none
+        self.context: Optional[tuple] = None if context is None else _folded(context)
+        self.extra_context: tuple = _folded(extra_context)  # what Dask is told
 
         self.needs: List[_Call] = []  # what it cannot begin without, the first one last
         self.size = self.missing = 0  # how many these were, and how many still are in its way
         self.dependents: List[_Call] = []  # what cannot begin without it
-        self.is_wanted = self.begun = self.done = False
-        self.piece: Any = None  # what it is under way with
-        self.value: Any = None  # what it came to: a state, or for a helper whatever that returns
+        self.is_wanted: bool = False
+        self.piece: Optional[_Piece] = None  # what it is under way with
 
+    def kwargs(self):
+        return {**self.common, **_unfolded(self.own)}
 
-#: What a call that is done still needs.
-_NO_CALLS: List[_Call] = []
 
 #: The keys of folded dictionaries, each once.
 _keys: Dict[tuple, tuple] = {}
 
-#: An empty dictionary, folded.
-_NOTHING: tuple = ((),)
+
+def _folded(mapping):
+    """A dictionary as a tuple: a third of its memory, as thousands of calls may wait."""
+    keys = tuple(mapping)
+    return (_keys.setdefault(keys, keys), *mapping.values())
+
+
+def _unfolded(folded):
+    keys, *values = folded
+    return dict(zip(keys, values))
 
 
 class _Order:
@@ -3095,31 +3120,33 @@ class _Order:
         stack = list(calls)
         while stack:
             call = stack.pop()
-            if call.is_wanted or call.begun:
+            if call.has_begun or call.pending.is_wanted:
                 continue
-            call.is_wanted = True
-            stack.extend(call.needs)
-            if not call.needs:
-                heappush(self._heap, (1, call.number, call))
-            elif call.missing < call.size:
+            pending = call.pending
+            pending.is_wanted = True
+            stack.extend(pending.needs)
+            if not pending.needs:
+                heappush(self._heap, (1, pending.number, call))
+            elif pending.missing < pending.size:
                 self._push(call)
 
     def clear(self, call):
         """Note that this call is no longer in the way of those that need it."""
-        for dependent in reversed(call.dependents):
-            dependent.missing -= 1
-            if dependent.is_wanted:
+        for dependent in reversed(call.pending.dependents):
+            dependent.pending.missing -= 1
+            if dependent.pending.is_wanted:
                 self._push(dependent)
 
     def _push(self, call):
         # Of equals, what needs less lets go sooner; then what has begun last.
-        heappush(self._heap, (0, call.missing, call.size, -next(self._turns), call))
+        pending = call.pending
+        heappush(self._heap, (0, pending.missing, pending.size, -next(self._turns), call))
 
     def next(self):
         """The call that comes next, or None as long as all that could are under way."""
         while self._heap:
             is_blocked, rank, *_, call = self._heap[0]
-            if not call.begun and (is_blocked or rank == call.missing):
+            if not call.has_begun and (is_blocked or rank == call.pending.missing):
                 leaf = self._leaf(call)
                 if leaf is not None:
                     return leaf
@@ -3128,12 +3155,13 @@ class _Order:
 
     def _leaf(self, call):
         """Straight down to what this call cannot begin without."""
-        while call.missing:
-            while call.needs and call.needs[-1].begun:
-                call.needs.pop()
-            if not call.needs:
+        while call.pending.missing:
+            needs = call.pending.needs
+            while needs and needs[-1].has_begun:
+                needs.pop()
+            if not needs:
                 return None
-            call = call.needs[-1]
+            call = needs[-1]
         return call
 
 
@@ -3207,20 +3235,22 @@ class _Run:
         ):
             given.result = None  # What the children hold: the flow runner put it there, too.
         call = self._new_call(record, given)
-        call.function, call.args, call.extra_context = fn, args, _folded(extra_context or {})
         needed = {}
         for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
             for edge, upstream in _through_edges(argument):
                 self._note_given(edge, upstream)
                 needed.update(dict.fromkeys(_calls_in(upstream)))
-        self._connect(call, needed)
-        if "context" in kwargs:
-            call.context = _folded(_difference(kwargs.pop("context"), self._context))
-        if "task" not in kwargs:
-            call.own = _folded(kwargs)
-        else:
+        context, common = kwargs.pop("context", None), {}
+        if context is not None:
+            context = _difference(context, self._context)
+        if "task" in kwargs:
             record.common = record.common or {k: kwargs[k] for k in {*kwargs} - _OWN_KEYWORDS}
-            call.own, call.common = _folded(_difference(kwargs, record.common)), record.common
+            common = record.common
+        own = _difference(kwargs, common)
+        call.pending = _Pending(
+            next(self._numbers), fn, args, common, own, context, extra_context or {}
+        )
+        self._connect(call, needed)
         if self._current is not None:
             self._order.want([call])
         elif record is not None and record.is_awaited and call.index == -1:
@@ -3241,7 +3271,7 @@ class _Run:
                 self._order.want(asked)
                 self._advance(None)
             else:
-                asked = [call for call in _calls_in(futures) if not call.done]
+                asked = [call for call in _calls_in(futures) if not call.is_done]
                 self._order.want(asked)
                 if self._backend.is_concurrent:
                     self._order.want(self._free)
@@ -3275,7 +3305,7 @@ class _Run:
                     known.extend(passed.upstream)
 
     def _new_call(self, record, given):
-        call = _Call(next(self._numbers), record, None if self._is_reported else given)
+        call = _Call(record, None if self._is_reported else given)
         if record is not None:
             record.calls.append(call)
             record.reading += 1
@@ -3286,20 +3316,18 @@ class _Run:
         record = self._records.get(edge.upstream_task) if edge else None
         if record is not None and not record.calls and isinstance(upstream, State):
             for state in (upstream, *_children_of(upstream)):
-                call = self._new_call(record, state)
-                call.begun = call.done = True
-                call.value = state
+                self._new_call(record, state).value = state
 
     def _connect(self, call, needed):
         needed = [other for other in needed if not self._is_out_of_the_way(other)]
         for other in needed:
-            other.dependents.append(call)
-        call.needs[:0] = reversed(needed)
-        call.missing += len(needed)
-        call.size += len(needed)
+            other.pending.dependents.append(call)
+        call.pending.needs[:0] = reversed(needed)
+        call.pending.missing += len(needed)
+        call.pending.size += len(needed)
 
     def _is_out_of_the_way(self, call):
-        return call.done or (call.begun and self._backend.schedules)
+        return call.has_begun if self._backend.schedules else call.is_done
 
     # -- what runs
 
@@ -3318,7 +3346,7 @@ class _Run:
                 for call, outcome in zip(piece.calls, outcomes):
                     self._finish(call, outcome)
             piece = outcomes = calls = call = outcome = None
-            while asked and asked[-1].done:
+            while asked and asked[-1].is_done:
                 asked.pop()
 
     def _next_calls(self):
@@ -3332,8 +3360,7 @@ class _Run:
         piece = _Piece(calls)
         self._under_way += 1
         for call in calls:
-            call.begun = True
-            call.piece = piece
+            call.pending.piece = piece
         if self._backend.schedules:
             for call in calls:
                 self._order.clear(call)
@@ -3347,10 +3374,9 @@ class _Run:
         call.value = outcome
         if call.record is not None and call.record.is_shared and call.index == -1:
             _share(outcome)
-        call.done, call.piece = True, None
         children = [c for c in _children_of(outcome) if isinstance(c, _Call)]
         if children:
-            for dependent in call.dependents:
+            for dependent in call.pending.dependents:
                 edges = [edge for edge, upstream in _inputs(dependent) if upstream is call]
                 if not all(edge.mapped for edge in edges):
                     self._connect(dependent, children)
@@ -3366,8 +3392,7 @@ class _Run:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
                     _drop(upstream.value, upstream.given, is_kept=True)
             self._release([call], 0)
-        call.function = call.args = call.own = call.context = call.extra_context = None
-        call.needs = call.dependents = _NO_CALLS
+        call.pending = None
         if call.given is not call.value:
             call.given = None
         self._progress.tell(self._count)
@@ -3399,7 +3424,7 @@ class _Run:
     def _release(self, calls, readers=1):
         for call in calls:
             call.readers -= readers
-            if call.done and call.readers <= 0:
+            if call.is_done and call.readers <= 0:
                 _drop(call.value, call.given, call.record.is_kept)
 
     def _close(self):
@@ -3416,7 +3441,7 @@ class _Run:
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
         children = [call for record in self._records.values() for call in record.calls[1:]]
-        done = [call.value for call in children if call.done and call.value.is_finished()]
+        done = [call.value for call in children if call.is_done and call.value.is_finished()]
         found = [s for s in done if s.is_cached() or getattr(s, _FOUND, False)]
         read = sum(_is_in_file(s._result) and s._result.source.was_read for s in found)
         others = {"found": len(found), "read": read} if found else {}
@@ -3444,21 +3469,10 @@ def _difference(new, common):
     return {k: v for k, v in new.items() if k not in common or common[k] is not v}
 
 
-def _folded(mapping):
-    """A dictionary as a tuple: a third of its memory, as thousands of calls may wait."""
-    keys = tuple(mapping)
-    return (_keys.setdefault(keys, keys), *mapping.values())
-
-
-def _unfolded(folded):
-    keys, *values = folded
-    return dict(zip(keys, values))
-
-
 def _inputs(call):
     """Pairs of an edge (None for a helper's) and what a call gets through it."""
-    own = _unfolded(call.own)
-    for argument in (*call.args, *map(own.get, _UPSTREAM_KEYWORDS)):
+    kwargs = _unfolded(call.pending.own)
+    for argument in (*call.pending.args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
         yield from _through_edges(argument)
 
 
@@ -3564,8 +3578,8 @@ class _Progress:
 def _chain(call):
     """This call, and those of which each but feeds the next."""
     calls = [call]
-    while len(call.dependents) == 1 and not _lets_go_of_others(call, calls):
-        (dependent,) = call.dependents
+    while len(call.pending.dependents) == 1 and not _lets_go_of_others(call, calls):
+        (dependent,) = call.pending.dependents
         is_alone = _needed_with(dependent, {call}, call) == {dependent}
         if not is_alone or _edges_read(dependent).count(call) != call.readers:
             break
@@ -3580,7 +3594,7 @@ def _of_one_index(call, workers):
         return None
     calls, ahead = {call}, [call]
     while ahead:
-        for dependent in ahead.pop().dependents:
+        for dependent in ahead.pop().pending.dependents:
             new = _needed_with(dependent, calls, call)
             calls |= new
             ahead += new
@@ -3590,13 +3604,13 @@ def _of_one_index(call, workers):
         return None
     if any(_lets_go_of_others(c, calls) for c in calls):
         return None
-    return sorted(calls, key=lambda c: c.number)
+    return sorted(calls, key=lambda c: c.pending.number)
 
 
 def _lets_go_of_others(call, calls):
     """Whether results of other pieces go when it has read. They stay until its piece ends."""
     return any(
-        other not in calls and (not other.done or _is_held(other.value))
+        other not in calls and (not other.is_done or _is_held(other.value))
         for edge, other in _calls_read(call)
         if edge.mapped or call.record.reading == 1
     )
@@ -3610,11 +3624,11 @@ def _needed_with(call, calls, like):
     needed, stack = set(), [call]
     while stack:
         other = stack.pop()
-        if other.done or other in calls or other in needed:
+        if other.is_done or other in calls or other in needed:
             continue
         if (
-            other.begun
-            or not other.is_wanted
+            other.has_begun
+            or not other.pending.is_wanted
             or other.record is None
             or other.record.restarts
             or other.index != like.index
@@ -3628,7 +3642,7 @@ def _needed_with(call, calls, like):
 
 def _resources(call):
     """The tags by which a task asks for a place on the cluster."""
-    tags = _unfolded(call.extra_context).get("task_tags") or ()
+    tags = _unfolded(call.pending.extra_context).get("task_tags") or ()
     return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
@@ -3657,8 +3671,8 @@ def _steps(piece):
 
     def stand_in(upstream):
         if isinstance(upstream, _Call):
-            if not upstream.done:
-                other = upstream.piece
+            if not upstream.is_done:
+                other = upstream.pending.piece
                 where = None if other is piece else source(other.future)
                 return _At(where, other.positions[upstream])
             upstream = upstream.value
@@ -3674,15 +3688,16 @@ def _steps(piece):
 
     steps = []
     for call in piece.calls:
-        kwargs = {**call.common, **_unfolded(call.own)}
+        pending = call.pending
+        kwargs = pending.kwargs()
         for key in _UPSTREAM_KEYWORDS:
             if key in kwargs:
                 kwargs[key] = _replace(kwargs[key], (_Call, State), stand_in)
-        args = [_replace(arg, (_Call, State), stand_in) for arg in call.args]
+        args = [_replace(arg, (_Call, State), stand_in) for arg in pending.args]
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
         is_kept = call.record is None or call.record.is_kept
-        context = call.context and _unfolded(call.context)
-        steps.append((call.function, args, kwargs, context, call.readers, is_kept, reads))
+        context = pending.context and _unfolded(pending.context)
+        steps.append((pending.function, args, kwargs, context, call.readers, is_kept, reads))
     return steps, [future for _, future in sources.values()]
 
 
@@ -3768,7 +3783,7 @@ class _Here:
 
     def resolve(self, futures):
         """The states for calls that are done."""
-        return _replace(futures, _Call, lambda call: call.value if call.done else call)
+        return _replace(futures, _Call, lambda call: call.value if call.is_done else call)
 
 
 class _HereByItself(_Here):
@@ -3851,7 +3866,7 @@ class _InProcesses(_InThreads):
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
-        if all(_unfolded(call.own).get("is_mapped_parent") for call in piece.calls):
+        if all(call.pending.kwargs().get("is_mapped_parent") for call in piece.calls):
             # All that comes of it is "Mapped": not worth to send what its children will read.
             future: Any = concurrent.futures.Future()
             future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
@@ -3987,7 +4002,7 @@ def _without_what_stays(outcomes):
 
 def _name_together(calls):
     """What the dashboard shows: names joined as Dask's `fuse` does."""
-    contexts = [_unfolded(call.extra_context) for call in calls]
+    contexts = [_unfolded(call.pending.extra_context) for call in calls]
     if len(calls) == 1:
         return contexts[0]
     names = [context.get("task_name", "") for context in contexts]

@@ -6876,6 +6876,9 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request):
         runs_ahead = pausing and name in ("threads", "processes")
         if is_dask and (runs_ahead or not is_comparable) and plan.entry == "return_tasks":
             plan = plan._replace(entry="FlowRunner")
+        if name == "threads":
+            # Prefect then interrupts its threads, even one that holds the lock of a log handler.
+            plan = plan._replace(raise_on_exception=False)
         theirs = _outcomes(plan, FlowRunner, prefects)
         ours = _outcomes(plan, DSFlowRunner, executor)
         assert ours == theirs
