@@ -513,20 +513,27 @@ def _is_numbered(frame):
 def _kind_of(frame, file_type):
     """What frames have in common that a file type which keeps types keeps alike, or None."""
     index = frame.index
-    kinds = [
-        f"{dtype} of {dtype.categories.dtype}" if hasattr(dtype, "categories") else str(dtype)
-        for dtype in frame.dtypes
-    ]
+    levels = list(getattr(index, "levels", [index]))
     objects = [frame.iloc[:, number] for number in _objects(frame)]
     if file_type == "hdf" and (objects or not pandas.api.types.is_numeric_dtype(index.dtype)):
         return None  # It keeps text by value.
+    objects += [level for level in levels if pandas.api.types.is_object_dtype(level.dtype)]
     if any(pandas.api.types.infer_dtype(values, skipna=True) != "string" for values in objects):
         return None  # Lists are kept in another way than dicts.
     return (
-        type(frame), type(index), index.dtype, tuple(index.names), _is_numbered(frame),
-        tuple(frame.columns.names), tuple(zip(frame.columns, kinds)), len(frame) > 0,
+        type(frame), type(index), tuple(_name_of(level.dtype) for level in levels),
+        tuple(index.names), _is_numbered(frame), tuple(frame.columns.names),
+        _name_of(frame.columns.dtype), tuple(map(type, frame.columns)), tuple(frame.columns),
+        tuple(map(_name_of, frame.dtypes)), len(frame) > 0,
         repr(frame.__dict__.get("_attrs")), str(getattr(index, "freq", None)),
     )  # fmt: skip
+
+
+def _name_of(dtype):
+    """The same string for types that a file keeps alike: with any categories of one type."""
+    if hasattr(dtype, "categories"):
+        return f"category, ordered: {dtype.ordered}, of {_name_of(dtype.categories.dtype)}"
+    return f"{dtype!r} {getattr(dtype, 'storage', '')}"
 
 
 def _objects(frame):
@@ -652,6 +659,9 @@ def _losses(frame, restored):
             return losses
         losses["the columns come back in another order"] = [None]
         restored = restored[frame.columns]
+    one, other = frame.columns.dtype, restored.columns.dtype
+    if not (_is_same(one, other) or (_is_text(one) and _is_text(other))):
+        losses[f"the labels of the columns ({one}) come back as {other}"] = [None]
     if list(restored.columns.names) != list(frame.columns.names):
         losses[f"the names {list(frame.columns.names)} of the columns are lost"] = [None]
     if len(frame) != len(restored):
@@ -685,6 +695,11 @@ def _losses(frame, restored):
 def _is_same(dtype, other):
     # NumPy's may raise when they are compared with those of pandas.
     return type(dtype) is type(other) and dtype == other
+
+
+def _is_text(dtype):
+    # That of categories may pass for one.
+    return pandas.api.types.is_string_dtype(dtype) and not hasattr(dtype, "categories")
 
 
 def _are_equal(one, other):
@@ -3391,8 +3406,9 @@ class _Run:
             else:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
                     _drop(upstream.value, upstream.given, is_kept=True)
-            self._release([call], 0)
         call.pending = None
+        if call.record is not None:
+            self._release([call], 0)
         if call.given is not call.value:
             call.given = None
         self._progress.tell(self._count)
@@ -3437,6 +3453,8 @@ class _Run:
                 is_own = call.value is not call.given and isinstance(call.value, State)
                 if is_own and not (self.is_finished or record.is_kept):
                     setattr(call.value, _FOR_NEXT_ROUND, True)
+            for call in record.calls[:1]:
+                _forget_dropped_children(call.value)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
@@ -3451,6 +3469,13 @@ class _Run:
             _has_result(call.value) for call in every if call.value is not call.given
         )
         return len(children), len(done), others
+
+
+def _forget_dropped_children(state):
+    """Let a map hold of its children's results what they themselves hold."""
+    children = _children_of(state)
+    if any(child._result is PurgedResult for child in children):
+        state.result = [c._result if _is_unread(c._result) else c.result for c in children]
 
 
 #: The arguments of a task run in which calls stand for states.

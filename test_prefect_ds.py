@@ -1717,6 +1717,69 @@ def test_says_so_of_each_type_of_categories(log):
         assert kept[-1] == prefect_ds._is_same(restored.dtypes["c"], frame.dtypes["c"])
 
 
+def _of(values, **kwargs):
+    return pandas.DataFrame({"c": pandas.Series(values, **kwargs)})
+
+
+def _with_index(values, **kwargs):
+    return _of([1, 2]).set_index(pandas.Series(values, **kwargs)).rename_axis("i")
+
+
+#: Frames that are much alike, but for what a file may keep of the one, and not of the other.
+_ALIKE = {
+    "strings": [
+        lambda: _of(["a", "b"], dtype="string[python]"),
+        lambda: _of(["a", "b"], dtype="string[pyarrow]"),
+    ],
+    "labels": [
+        lambda: pandas.DataFrame([[1, 2]], columns=[0, 1]),
+        lambda: pandas.DataFrame([[1, 2]], columns=[False, True]),
+        lambda: pandas.DataFrame([[1, 2]], columns=[0.0, 1.0]),
+        lambda: pandas.DataFrame([[1, 2]], columns=pandas.CategoricalIndex([0, 1])),
+    ],
+    "order": [
+        lambda: _of(pandas.Categorical(["a", "b"])),
+        lambda: _of(pandas.Categorical(["a", "b"], ordered=True)),
+    ],
+    "levels": [
+        lambda: _with_index([1, 2]).set_index(pandas.Series([1, 2]), append=True),
+        lambda: _with_index([1, 2]).set_index(pandas.Categorical(["a", "b"]), append=True),
+        lambda: _with_index([1, 2]).set_index(pandas.Series(["a", 2]), append=True),
+    ],
+    "index": [
+        lambda: _with_index(["a", "b"], dtype=object),
+        lambda: _with_index([datetime.date(2020, 1, 1)] * 2, dtype=object),
+        lambda: _with_index(pandas.Categorical(["a", "b"])),
+    ],
+}
+
+
+@pytest.mark.parametrize("extension", ["parquet", "feather", "h5"])
+@pytest.mark.parametrize("name", _ALIKE)
+def test_what_is_kept_of_one_frame_is_not_said_of_another(name, extension, monkeypatch):
+    told, path = {}, f"data.{extension}"
+    numbered = list(enumerate(_ALIKE[name]))
+    for order in (1, -1):
+        monkeypatch.setattr(prefect_ds, "_checked", {})
+        for number, make in numbered[::order]:
+            try:
+                told[number, order] = PandasResult(path)._save(make(), path)
+            except Exception as exc:  # It is not made, or not written, with these packages.
+                told[number, order] = type(exc)
+    assert [told[n, 1] for n, _ in numbered] == [told[n, -1] for n, _ in numbered]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.json", "data.xml", "data.xlsx"])
+def test_says_so_of_labels_of_another_type(name, log):
+    columns = pandas.CategoricalIndex(["a", "b"])
+    try:
+        assert not PandasResult(name)._save(pandas.DataFrame([[1, 2]], columns=columns), name)
+    except (ImportError, ValueError) as missing:
+        pytest.skip(f"pandas does not write it: {missing}")
+    assert "the labels of the columns (category) come back as" in log(logging.WARNING)
+    assert PandasResult(name)._save(pandas.DataFrame([[1, 2]], columns=["a", "b"]), name)
+
+
 def test_compares_floats_exactly(log):
     frame = pandas.DataFrame({"x": [0.123456789, 2.5]})
     assert not PandasResult("data.csv", write_kwargs={"float_format": "%.6f"})._save(
@@ -5374,6 +5437,48 @@ def test_two_maps_that_meet_need_three_frames(counted):
     assert peak == [3] and not alive
 
 
+@takes_flatten
+def test_a_map_that_is_flattened_is_dropped_in_the_end(counted):
+    two = task(lambda i: [new_part(), new_part()], name="two")
+    with Flow("flat") as flow:
+        parts = two.map(numbers(2))
+        count.map(prefect.flatten(parts))
+    state = DSFlowRunner(flow).run(return_tasks=flow.tasks)
+    assert state.is_successful() and peak == [4]
+    assert state.result[parts].result == [None] * 2 and not alive
+
+
+@purges_on_dask
+def test_what_ends_after_all_that_could_read_it_is_dropped(counted):
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    @task
+    def make(part, i):
+        if i == 2:
+            has_begun.set()
+            assert may_end.wait(60)
+        return new_part(part)
+
+    @task
+    def meet(one, other, i):
+        assert i == 0 or has_begun.wait(60)
+        return 1
+
+    @task
+    def end(counts):
+        may_end.set()
+        return sum(counts)
+
+    with Flow("unequal") as flow:
+        three, two = numbers(3), numbers(2)
+        longer = make.map(load.map(three), three)
+        end(meet.map(longer, load.map(two), two))
+    executor = LocalDaskExecutor(scheduler="threads", num_workers=2)
+    state = DSFlowRunner(flow).run(executor=executor, return_tasks=flow.tasks)
+    assert state.is_successful()
+    assert state.result[longer].result == [None] * 3 and not alive
+
+
 def test_a_task_that_reduces_lets_go_of_all_frames(counted):
     @task
     def reduce(parts):
@@ -6787,6 +6892,13 @@ def _outcome(flow, final, owned):
             task.name: [_result(s, task in kept) for s in [task_state, *_children(task_state)]]
             for task, task_state in final.result.items()
         },
+        "dropped by a child, held by the map": [
+            task.name
+            for task, task_state in final.result.items()
+            if task_state.is_mapped()
+            for child, item in zip(task_state.map_states, task_state.result or [])
+            if child._result is PurgedResult and item is not None
+        ],
         "given": [repr(s.result) for s in owned],
         "calls": Counter(noted(_file_of_notes("calls"))),
         "transitions": Counter(noted(_file_of_notes("transitions"))),
