@@ -3474,6 +3474,8 @@ class _Run:
 def _forget_dropped_children(state):
     """Let a map hold of its children's results what they themselves hold."""
     children = _children_of(state)
+    if not all(isinstance(child, State) for child in children):
+        return  # A backend does not tell them.
     if any(child._result is PurgedResult for child in children):
         state.result = [c._result if _is_unread(c._result) else c.result for c in children]
 
