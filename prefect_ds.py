@@ -273,7 +273,8 @@ else:
 
 
 # Where a frame is stored: the template in the path -------------------------------------------
-# It is filled from what `PandasResult._fill` offers: arguments, parameters and the context.
+# It is filled from what `PandasResult._fill`, in "The storage of a task", offers: arguments,
+# parameters and the context.
 
 
 class _Template(string.Formatter):
@@ -2922,7 +2923,7 @@ def _backend_for(executor, logger):
         )  # fmt: skip
         return None
     if issubclass(backend, _Concurrent) and not _FLOW_RUNNER_MAPS:
-        return None
+        return None  # Tasks submit their own children, from wherever they run.
     kind = type(executor)
     own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
     if own:
@@ -2935,8 +2936,8 @@ def _backend_for(executor, logger):
 
 
 # When a result may go ------------------------------------------------------------------------
-# It goes when its last reader has read for good, by `_Run._release_inputs` and, within a
-# piece of work, by `_run_steps`.
+# It goes when its last reader has read for good: by `_Run._release_inputs` and `_Run._release`;
+# within a piece of work by `_run_steps`; and what was held for another round by `_Run._close`.
 
 
 def _has_result(state):
@@ -3776,7 +3777,9 @@ def _values_read(args, kwargs):
                 yield _at_hand(state._result)
 
 
-# Where calls run -----------------------------------------------------------------------------
+# Where calls run: here, in pools, on Dask ----------------------------------------------------
+# `_backend_for` chooses. Dask's own schedulers for threads and processes are not used: they keep
+# all results until the flow has ended.
 
 
 class _Here:
