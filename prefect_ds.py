@@ -2936,8 +2936,8 @@ def _backend_for(executor, logger):
 
 
 # When a result may go ------------------------------------------------------------------------
-# It goes when its last reader has read for good: by `_Run._release_inputs` and `_Run._release`;
-# within a piece of work by `_run_steps`; and what was held for another round by `_Run._close`.
+# It goes when its last reader has read for good: by `_release_inputs` and `_release` of `_Run`,
+# within a piece of work by `_run_steps`, and in the end by `_Run._close`.
 
 
 def _has_result(state):
@@ -3778,8 +3778,7 @@ def _values_read(args, kwargs):
 
 
 # Where calls run: here, in pools, on Dask ----------------------------------------------------
-# `_backend_for` chooses. Dask's own schedulers for threads and processes are not used: they keep
-# all results until the flow has ended.
+# `_backend_for` chooses. Dask's schedulers of threads and processes would keep all results.
 
 
 class _Here:
