@@ -2971,13 +2971,18 @@ def _drop(state, given, is_kept=False):
 
     What is in its file can be read again; other results are purged, or kept.
     """
-    if not _has_result(state) or (state is given and not getattr(state, _FOR_NEXT_ROUND, False)):
+    if not _has_result(state) or _is_callers(state, given):
         return
     if _is_in_file(state._result):
         state._result.let_go()
     elif not is_kept:
         state._result = PurgedResult
         vars(state).pop(_FOR_NEXT_ROUND, None)
+
+
+def _is_callers(state, given):
+    """Whether a state is the caller's own: it was given, and no earlier round has made it."""
+    return state is given and not getattr(state, _FOR_NEXT_ROUND, False)
 
 
 def _is_read(edge):
@@ -3454,8 +3459,9 @@ class _Run:
                 is_own = call.value is not call.given and isinstance(call.value, State)
                 if is_own and not (self.is_finished or record.is_kept):
                     setattr(call.value, _FOR_NEXT_ROUND, True)
-            for call in record.calls[:1]:
-                _forget_dropped_children(call.value)
+            for call in record.calls[:1]:  # When its children, behind it, have dropped theirs.
+                if not _is_callers(call.value, call.given):
+                    _forget_dropped_children(call.value)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
