@@ -2738,27 +2738,6 @@ def _with_children(states):
     return states + [child for state in states for child in _children_of(state)]
 
 
-def _new_run(flow, executor, logger):
-    """What puts the flow's calls in order; None on an executor that is to do so itself."""
-    for pattern in _recompute_patterns():
-        if pattern == _OUT_OF_DATE or any(_matches(pattern, task) for task in flow.tasks):
-            continue
-        message = (
-            f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
-        )
-        if not _is_recompute_inherited():
-            raise ValueError(message)
-        logger.warning(message)
-    # Below 0.12 the context has only those parameters that were passed.
-    parameters = dict(prefect.context.get("parameters") or {})
-    for parameter in flow.parameters():
-        if not parameter.required:
-            parameters.setdefault(parameter.name, parameter.default)
-    prefect.context["parameters"] = parameters
-    backend = _backend_for(executor, logger)
-    return _Run(flow, executor, backend, logger) if backend else None
-
-
 def _names(tasks):
     return ", ".join(sorted({task.name for task in tasks}))
 
@@ -2902,37 +2881,6 @@ class _UnderWay(NamedTuple):
 
 def _is_class(cls, base):
     return isinstance(cls, type) and issubclass(cls, base)
-
-
-def _backend_for(executor, logger):
-    """Where the calls run that are meant for this executor; None if it is to run them itself."""
-    if isinstance(executor, LocalExecutor):
-        base, backend, passed_over = LocalExecutor, _Here, ["map"]
-    elif isinstance(executor, DaskExecutor):
-        base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
-    elif isinstance(executor, LocalDaskExecutor):
-        base, backend, passed_over = LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]
-        if executor.scheduler.startswith(("sync", "single")):
-            backend = _HereByItself
-        elif executor.scheduler in ("processes", "multiprocessing"):
-            backend = _InProcesses
-    else:
-        logger.warning(
-            "Of the executor %s nothing is known. So it runs the flow by itself, as without "
-            "prefect_ds, and keeps all results.", type(executor).__name__,
-        )  # fmt: skip
-        return None
-    if issubclass(backend, _Concurrent) and not _FLOW_RUNNER_MAPS:
-        return None  # Tasks submit their own children, from wherever they run.
-    kind = type(executor)
-    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
-    if own:
-        logger.warning(
-            "%s has a %s of its own, which would be passed over. So the flow runs as without "
-            "prefect_ds, and keeps all results.", kind.__name__, " and a ".join(own),
-        )  # fmt: skip
-        return None
-    return backend(executor)
 
 
 # When a result may go ------------------------------------------------------------------------
@@ -3478,6 +3426,27 @@ class _Run:
         return len(children), len(done), others
 
 
+def _new_run(flow, executor, logger):
+    """What puts the flow's calls in order; None on an executor that is to do so itself."""
+    for pattern in _recompute_patterns():
+        if pattern == _OUT_OF_DATE or any(_matches(pattern, task) for task in flow.tasks):
+            continue
+        message = (
+            f"recompute={pattern!r} matches no task of this flow. It has: {_names(flow.tasks)}."
+        )
+        if not _is_recompute_inherited():
+            raise ValueError(message)
+        logger.warning(message)
+    # Below 0.12 the context has only those parameters that were passed.
+    parameters = dict(prefect.context.get("parameters") or {})
+    for parameter in flow.parameters():
+        if not parameter.required:
+            parameters.setdefault(parameter.name, parameter.default)
+    prefect.context["parameters"] = parameters
+    backend = _backend_for(executor, logger)
+    return _Run(flow, executor, backend, logger) if backend else None
+
+
 def _forget_dropped_children(state):
     """Let a map hold of its children's results what they themselves hold."""
     children = _children_of(state)
@@ -3784,7 +3753,38 @@ def _values_read(args, kwargs):
 
 
 # Where calls run: here, in pools, on Dask ----------------------------------------------------
-# `_backend_for` chooses. Dask's schedulers of threads and processes would keep all results.
+# Dask's schedulers of threads and processes are not used: they would keep all results.
+
+
+def _backend_for(executor, logger):
+    """Where the calls run that are meant for this executor; None if it is to run them itself."""
+    if isinstance(executor, LocalExecutor):
+        base, backend, passed_over = LocalExecutor, _Here, ["map"]
+    elif isinstance(executor, DaskExecutor):
+        base, backend, passed_over = DaskExecutor, _OnCluster, ["map"]
+    elif isinstance(executor, LocalDaskExecutor):
+        base, backend, passed_over = LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]
+        if executor.scheduler.startswith(("sync", "single")):
+            backend = _HereByItself
+        elif executor.scheduler in ("processes", "multiprocessing"):
+            backend = _InProcesses
+    else:
+        logger.warning(
+            "Of the executor %s nothing is known. So it runs the flow by itself, as without "
+            "prefect_ds, and keeps all results.", type(executor).__name__,
+        )  # fmt: skip
+        return None
+    if issubclass(backend, _Concurrent) and not _FLOW_RUNNER_MAPS:
+        return None  # Tasks submit their own children, from wherever they run.
+    kind = type(executor)
+    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
+    if own:
+        logger.warning(
+            "%s has a %s of its own, which would be passed over. So the flow runs as without "
+            "prefect_ds, and keeps all results.", kind.__name__, " and a ".join(own),
+        )  # fmt: skip
+        return None
+    return backend(executor)
 
 
 class _Here:
