@@ -3014,7 +3014,8 @@ class _Call:
         self.record: Optional[_TaskRecord] = record  # of the task; a helper has none
         #: among the children of a mapped task; -1: the run of the task itself
         self.index: int = len(record.calls) - 1 if record else -1
-        self.given = given  # the state that a task run starts from
+        #: the state that a task run starts from; in the end, only if it still is the caller's own
+        self.given = given
         #: by how many edges its result is still to be read
         self.readers: int = record.readers if record else 0
         self.pending: Any = None  # a `_Pending`, until it is done
@@ -3361,10 +3362,10 @@ class _Run:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
                     _drop(upstream.value, upstream.given, is_kept=True)
         call.pending = None
+        if not _is_callers(call.value, call.given):
+            call.given = None
         if call.record is not None:
             self._release([call], 0)
-        if call.given is not call.value:
-            call.given = None
         self._progress.tell(self._count)
 
     def _keep_what_has_no_file(self, call):
@@ -3407,9 +3408,9 @@ class _Run:
                 is_own = call.value is not call.given and isinstance(call.value, State)
                 if is_own and not (self.is_finished or record.is_kept):
                     setattr(call.value, _FOR_NEXT_ROUND, True)
-            for call in record.calls[:1]:  # When its children, behind it, have dropped theirs.
-                if not _is_callers(call.value, call.given):
-                    _forget_dropped_children(call.value)
+            children = [call.value for call in record.calls[1:] if call.given is None]
+            if any(getattr(child, "_result", None) is PurgedResult for child in children):
+                _forget_dropped_children(record.calls[0].value)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
@@ -3450,9 +3451,8 @@ def _new_run(flow, executor, logger):
 def _forget_dropped_children(state):
     """Let a map hold of its children's results what they themselves hold."""
     children = _children_of(state)
-    if not all(isinstance(child, State) for child in children):
-        return  # A backend does not tell them.
-    if any(child._result is PurgedResult for child in children):
+    # Under a backend, a map that was given tells no children.
+    if children and all(isinstance(child, State) for child in children):
         state.result = [c._result if _is_unread(c._result) else c.result for c in children]
 
 

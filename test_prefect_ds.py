@@ -50,7 +50,7 @@ from prefect import Flow, Parameter, Task, task, triggers, unmapped
 from prefect.engine import FlowRunner, TaskRunner, signals, state
 from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.result import Result
-from prefect.engine.state import Success
+from prefect.engine.state import Mapped, Pending, Success
 from prefect.schedules import Schedule
 from prefect.schedules.clocks import DatesClock
 from prefect.tasks import control_flow
@@ -5424,7 +5424,9 @@ def test_a_map_that_is_flattened_is_as_wide_in_the_next_round():
         lists = task(lambda n: list(range(n)), name="lists").map([2, 3])
         result = task(lambda x: x, name="items").map(prefect.flatten(lists))
         flaky()
-    assert run(flow).result[result].result == [0, 1, 0, 1, 2]
+    states = run(flow).result
+    assert states[result].result == [0, 1, 0, 1, 2]
+    assert states[lists].result == [None] * 2, "nobody reads them any more"
 
 
 def test_two_maps_that_meet_need_three_frames(counted):
@@ -5446,6 +5448,13 @@ def test_a_map_that_is_flattened_is_dropped_in_the_end(counted):
     state = DSFlowRunner(flow).run(return_tasks=flow.tasks)
     assert state.is_successful() and peak == [4]
     assert state.result[parts].result == [None] * 2 and not alive
+
+    del state
+    given = [Part()]
+    begun = Mapped(map_states=[Success(result=given), Pending()])
+    state = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states={parts: begun})
+    assert state.is_successful() and state.result[parts].result == [given, None]
+    assert len(alive) == 1
 
 
 @purges_on_dask
