@@ -7,12 +7,15 @@ import functools
 import gc
 import importlib
 import inspect
+import io
 import json
 import logging
+import multiprocessing.forkserver
 import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -30,14 +33,15 @@ import weakref
 import zipfile
 import zlib
 from collections import ChainMap, Counter, namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from unittest.mock import ANY
+from unittest.mock import ANY, patch
 from urllib.request import urlopen
 
 import cloudpickle
+import dask
 import pandas
 import pendulum
 import prefect
@@ -136,9 +140,9 @@ def close_shared_cluster():
         shared_cluster().close()
 
 
-def dask_executor(**cluster):
+def dask_executor():
     """An executor with a cluster of its own, in this process, with two threads."""
-    cluster = {"processes": False, "n_workers": 1, "threads_per_worker": 2, **cluster}
+    cluster = {"processes": False, "n_workers": 1, "threads_per_worker": 2}
     if "cluster_kwargs" in inspect.signature(prefect_ds.DaskExecutor.__init__).parameters:
         return DaskExecutor(cluster_kwargs=dict(cluster, dashboard_address=None))
     return DaskExecutor(local_processes=cluster.pop("processes"), **cluster)
@@ -276,15 +280,31 @@ def for_processes(**variables):
     return dict(os.environ, PYTHONPATH=os.pathsep.join(folders), **variables)
 
 
-def in_another_process(call, **environment):
+@functools.lru_cache(maxsize=None)
+def new_processes():
+    """Starts processes, of one that has imported this file: to import it again takes seconds.
+
+    It has no threads, so that those who come of it may fork.
+    """
+    if os.name == "nt":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_prefect_ds"])
+    with patch.dict(os.environ, for_processes()):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def in_another_process(call):
     """What a function of this file prints in a process of its own, in this folder."""
-    code = "from test_prefect_ds import *; " + call
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=for_processes(**environment), timeout=300,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    with concurrent.futures.ProcessPoolExecutor(1, new_processes()) as pool:
+        return pool.submit(_printed_by, call).result(timeout=300)
+
+
+def _printed_by(call):
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(call, globals())
+    return printed.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -1238,12 +1258,9 @@ def kill_writers_of_a_folder(seed):
 
 
 def test_of_two_processes_that_write_one_path_one_wins_whole():
-    code = "from test_prefect_ds import *; write_for_long({!r})"
-    writers = [
-        subprocess.Popen([sys.executable, "-c", code.format(name)], env=for_processes())
-        for name in ("one", "other")
-    ]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    names = ["one", "other"]
+    with concurrent.futures.ProcessPoolExecutor(2, new_processes()) as pool:
+        assert list(pool.map(write_for_long, names, timeout=120)) == [None, None]
     assert files() == ["data.csv", "folder", "one", "other"]
     restored = PandasResult("data.csv")._load("data.csv")
     assert len(restored) == 6 and restored.name.nunique() == 1
@@ -2539,9 +2556,6 @@ def test_what_only_children_read_does_not_travel_to_map_a_task(processes, counte
 @purges_on_dask
 @pytest.mark.parametrize("where", ["pool", "cluster"])
 def test_each_process_reads_once_what_several_children_read(where, processes, empty_folder):
-    executor = InOnePool(processes)
-    if where == "cluster":
-        executor = dask_executor(processes=True, n_workers=2, threads_per_worker=1)
     read_kwargs = {"converters": {"x": functools.partial(note_cell, str(empty_folder / "noted"))}}
     with Flow("shared") as flow:
         frame = task(
@@ -2550,7 +2564,8 @@ def test_each_process_reads_once_what_several_children_read(where, processes, em
         numbers = task(lambda i: i).map(list(range(12)))
         result = task(lambda i, frame: frame.x[0] + i).map(numbers, unmapped(frame))
     Path("data.csv").write_text("x\n7\n")
-    assert run(flow, executor=executor).result[result].result == list(range(7, 19))
+    with two_processes(where, processes) as executor:
+        assert run(flow, executor=executor).result[result].result == list(range(7, 19))
     assert 1 <= len(noted()) <= 2
 
 
@@ -2640,14 +2655,11 @@ def damage_the_middle_of(content):
 @contextmanager
 def two_processes(where, pool):
     """An executor for several flow runs in the same two processes."""
-    from distributed import Client
-
     if where == "pool":
         yield InOnePool(pool)
-        return
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with Client(processes=True, **options) as client:
-        yield DaskExecutor(address=client.scheduler.address)
+    else:
+        with cluster_of_processes() as address:
+            yield DaskExecutor(address=address)
 
 
 @purges_on_dask
@@ -3133,12 +3145,14 @@ def test_storage_of_the_flow_is_a_result_of_prefects():
 def test_is_a_result_of_prefects_on_dask_processes():
     with Flow("processes") as flow:
         made = Calls().make(result=PandasResult(), target="{map_index}.csv").map([1, 2])
-    executor = dask_executor(processes=True, threads_per_worker=1)
-    state = FlowRunner(flow).run(
-        return_tasks=[made], executor=executor, context={"checkpointing": True}
-    )
+    with cluster_of_processes() as address:
+        state = FlowRunner(flow).run(
+            return_tasks=[made],
+            executor=DaskExecutor(address=address),
+            context={"checkpointing": True},
+        )
     assert [frame.id[0] for frame in state.result[made].result] == [1, 2]
-    assert files() == ["0.csv", "1.csv"]
+    assert sorted(map(str, Path().glob("*.csv"))) == ["0.csv", "1.csv"]
 
 
 @from_0_11
@@ -4407,9 +4421,11 @@ def test_flow_runs_in_one_task_are_flow_runs_of_their_own():
 
 
 def test_recomputes_by_the_environment():
-    for _ in range(2):
-        computed = in_another_process("run_two_children()", PREFECT__CONTEXT__RECOMPUTE="make")
-        assert computed[-1] == "[1, 2]"
+    in_another_process("run_two_children()")
+    code = "import test_prefect_ds; test_prefect_ds.run_two_children()"
+    environment = for_processes(PREFECT__CONTEXT__RECOMPUTE="make")
+    computed = subprocess.check_output([sys.executable, "-c", code], env=environment, timeout=120)
+    assert computed.splitlines()[-1] == b"[1, 2]"
 
 
 def test_recomputing_a_task_that_is_not_there_is_refused():
@@ -6233,13 +6249,10 @@ def cluster_of_processes(**environment):
     processes = []
 
     def start(name, *options):
-        command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *common, *options]
-        with open(f"noted-{name}.log", "ab") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, env=for_processes(**environment), stdout=output, stderr=output
-                )
-            )
+        command = (f"distributed.cli.dask_{name}", *common, *options)
+        args = (command, f"noted-{name}.log", environment)
+        processes.append(new_processes().Process(target=_run_module, args=args))
+        processes[-1].start()
 
     from distributed import Client
     from distributed.utils import json_load_robust
@@ -6251,7 +6264,7 @@ def cluster_of_processes(**environment):
                 "worker", "--nthreads", "1", "--no-nanny", "--local-directory", "dask-worker-space"
             )
         while not os.path.exists("noted-cluster.json"):
-            assert processes[0].poll() is None, Path("noted-scheduler.log").read_text()
+            assert processes[0].is_alive(), Path("noted-scheduler.log").read_text()
             time.sleep(0.01)
         # The file may be there before it is written to the end.
         address = json_load_robust("noted-cluster.json")["address"]
@@ -6261,7 +6274,18 @@ def cluster_of_processes(**environment):
     finally:
         for process in reversed(processes):
             process.kill()
-            process.wait()
+            process.join()
+
+
+def _run_module(command, log, environment):
+    """What `python -m` does with the command."""
+    with open(log, "ab") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    dask.config.refresh()
+    sys.argv[1:] = command[1:]
+    runpy.run_module(command[0], run_name="__main__")
 
 
 def die_once(victim):
@@ -6297,7 +6321,7 @@ def test_a_flow_whose_worker_was_killed_goes_on_where_it_was(allowed_failures, i
 
 
 #: Where each task run copies the whole configuration, several times, they are few.
-RUNS = 25 if _COPIES_CONFIG else 100
+RUNS = 25 if _COPIES_CONFIG else 50
 
 #: Of files that others write meanwhile, some are newer than what was made from them.
 BY_OTHERS = "is older than"
@@ -6352,7 +6376,7 @@ def run_at_once():
 
 
 #: The width of the long run.
-LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 3000))
+LONG = int(os.environ.get("PREFECT_DS_LONG", 150 if _COPIES_CONFIG else 1500))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes /proc")
