@@ -3014,8 +3014,7 @@ class _Call:
         self.record: Optional[_TaskRecord] = record  # of the task; a helper has none
         #: among the children of a mapped task; -1: the run of the task itself
         self.index: int = len(record.calls) - 1 if record else -1
-        #: the state that a task run starts from; in the end, only if it still is the caller's own
-        self.given = given
+        self.given = given  # the caller's own state, as long as the task run may end with it
         #: by how many edges its result is still to be read
         self.readers: int = record.readers if record else 0
         self.pending: Any = None  # a `_Pending`, until it is done
@@ -3275,7 +3274,8 @@ class _Run:
                     known.extend(passed.upstream)
 
     def _new_call(self, record, given):
-        call = _Call(record, None if self._is_reported else given)
+        is_callers = _is_callers(given, given) and not self._is_reported
+        call = _Call(record, given if is_callers else None)
         if record is not None:
             record.calls.append(call)
             record.reading += 1
@@ -3362,7 +3362,7 @@ class _Run:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
                     _drop(upstream.value, upstream.given, is_kept=True)
         call.pending = None
-        if not _is_callers(call.value, call.given):
+        if call.given is not call.value:
             call.given = None
         if call.record is not None:
             self._release([call], 0)
