@@ -464,12 +464,17 @@ def processes(how, count, megabytes):
     return time.perf_counter() - start
 
 
-def naps(make_flow, unit, executor, threads):
-    """Of ours, then of Prefect's own: seconds of one flow, and how many workers took part."""
+def naps(make_flow, unit, executor, threads, is_warm=False):
+    """Of ours, then of Prefect's own: seconds of one flow, and how many workers took part.
+
+    Workers that are warm have run a small flow before.
+    """
     flow = globals()[make_flow](unit)  # one for both, as Prefect orders its tasks by chance
     outcome = []
     for runner in RUNNERS:
         with executor_named(executor, threads) as the_executor:
+            if is_warm:
+                run(noop_map(8, 2), runner, the_executor)
             seconds = run(flow, runner, the_executor)
         outcome.append((seconds, len({worker for worker, _ in Naps.taken})))
         Naps.taken.clear()
@@ -873,13 +878,13 @@ def rows_root(sizes):
 
 
 def rows_spread(sizes):
-    what, ideal = "80 x 2 mapped tasks of 50 ms", 160 * 0.05 / 4
+    what, ideal = "80 x 2 mapped tasks of 50 ms after a small flow", 160 * 0.05 / 4
     executor = "DaskExecutor, 2 processes"
-    yield row_naps(what, None, executor, 4, "naps_two_stages", ideal, 1.3, "limit")
+    yield row_naps(what, None, executor, 4, "naps_two_stages", ideal, 1.3, "limit", is_warm=True)
 
 
-def row_naps(what, unit, executor, threads, make_flow, limit, bound=1.1, over="own"):
-    taken = fresh(naps, make_flow, unit, executor, threads, patience=120)
+def row_naps(what, unit, executor, threads, make_flow, limit, bound=1.1, over="own", is_warm=False):
+    taken = fresh(naps, make_flow, unit, executor, threads, is_warm, patience=120)
     (ours, workers), (own, own_workers) = taken or [(None, "?")] * 2
     what = f"{what}, {executor}"
     if "adaptive" in executor:
