@@ -93,7 +93,7 @@ from prefect.tasks.core import collections as _prefect_collections
 from prefect.tasks.core import operators as _prefect_operators
 from prefect.tasks.core.constants import Constant
 from prefect.tasks.core.function import FunctionTask
-from prefect.utilities.collections import merge_dicts
+from prefect.utilities.collections import DotDict, merge_dicts
 from prefect.utilities.logging import get_logger
 
 try:
@@ -2520,7 +2520,7 @@ class _Again(NamedTuple):
         context = {
             name: value
             for name, value in prefect.context.items()
-            if not isinstance(value, dict) or name == "parameters"
+            if not isinstance(value, (dict, DotDict)) or name == "parameters"
         }
         context.setdefault("map_index", None)  # What reads the file may be mapped.
         return cls(

@@ -59,6 +59,7 @@ from prefect.schedules import Schedule
 from prefect.schedules.clocks import DatesClock
 from prefect.tasks import control_flow
 from prefect.tasks.secrets import EnvVarSecret
+from prefect.utilities.collections import DotDict
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.debug import raise_on_exception
 
@@ -105,13 +106,20 @@ PURGES_ON_DASK = prefect_ds._FLOW_RUNNER_MAPS
 #: Whether a flow has an executor; before, its environment has one.
 HAS_EXECUTORS = "executor" in inspect.signature(Flow.__init__).parameters
 
-#: Whether each use of Prefect's context copies the whole configuration: 10 ms per task run.
+#: Whether each use of Prefect's context copies the whole configuration, several times per task run.
 _COPIES_CONFIG = "self.copy()" in inspect.getsource(type(prefect.context).__call__)
 
+
+def _as_dot_dict(section):
+    if not isinstance(section, dict):
+        return section
+    return DotDict({key: _as_dot_dict(value) for key, value in section.items()})
+
+
 if _COPIES_CONFIG:
-    # Nearly half of it is read by `prefect server` only.
-    for config in (prefect.config, prefect.context.config):
-        config.pop("server", None)
+    # A copy takes 1 to 5 ms as it is, 0.2 ms as Prefect's other kind of dictionary.
+    prefect.context.config = _as_dot_dict(prefect.config)
+    sys.modules["prefect.utilities.context"].config = prefect.context.config
 
 FRAME = pandas.DataFrame({"one": [1, 2, 3], "two": [4.5, 5.5, 6.5], "three": ["x", "y", "z"]})
 
