@@ -2915,11 +2915,11 @@ def _is_small(value):
 
 
 def _drop(state, given, is_kept=False):
-    """Drop a state's result, unless the state is the caller's own: the one that was given.
+    """Drop a state's result, unless the state is the one that the caller has given.
 
     What is in its file can be read again; other results are purged, or kept.
     """
-    if not _has_result(state) or _is_callers(state, given):
+    if not _has_result(state) or state is given:
         return
     if _is_in_file(state._result):
         state._result.let_go()
@@ -2928,9 +2928,9 @@ def _drop(state, given, is_kept=False):
         vars(state).pop(_FOR_NEXT_ROUND, None)
 
 
-def _is_callers(state, given):
-    """Whether a state is the caller's own: it was given, and no earlier round has made it."""
-    return state is given and not getattr(state, _FOR_NEXT_ROUND, False)
+def _callers_own(given):
+    """The state that was given, or None if an earlier round has made it."""
+    return None if getattr(given, _FOR_NEXT_ROUND, False) else given
 
 
 def _is_read(edge):
@@ -3274,8 +3274,7 @@ class _Run:
                     known.extend(passed.upstream)
 
     def _new_call(self, record, given):
-        is_callers = _is_callers(given, given) and not self._is_reported
-        call = _Call(record, given if is_callers else None)
+        call = _Call(record, None if self._is_reported else _callers_own(given))
         if record is not None:
             record.calls.append(call)
             record.reading += 1
@@ -3403,13 +3402,13 @@ class _Run:
         ends = [call.value for record in self._terminal for call in record.calls]
         self.is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         for record in self._records.values():
-            for call in record.calls:
-                _drop(call.value, call.given, record.is_kept or not self.is_finished)
-                is_own = call.value is not call.given and isinstance(call.value, State)
-                if is_own and not (self.is_finished or record.is_kept):
-                    setattr(call.value, _FOR_NEXT_ROUND, True)
-            children = [call.value for call in record.calls[1:] if call.given is None]
-            if any(getattr(child, "_result", None) is PurgedResult for child in children):
+            made = [call.value for call in record.calls if call.value is not call.given]
+            made = [state for state in made if isinstance(state, State)]
+            for state in made:
+                _drop(state, None, record.is_kept or not self.is_finished)
+                if not (self.is_finished or record.is_kept):
+                    setattr(state, _FOR_NEXT_ROUND, True)
+            if any(state._result is PurgedResult for state in made):
                 _forget_dropped_children(record.calls[0].value)
 
     def _count(self):
@@ -3728,7 +3727,7 @@ def _run_steps(context, steps, sources=()):
         for position in (*is_read, len(outcomes) - 1):
             if not readers[position]:
                 _, _, inputs, _, _, is_kept, _ = steps[position]
-                _drop(outcomes[position], inputs.get("state"), is_kept)
+                _drop(outcomes[position], _callers_own(inputs.get("state")), is_kept)
     return outcomes
 
 
