@@ -1864,7 +1864,7 @@ class _TaskRun:
         location = _location_of(result)
         if location is not None:
             return f"stored {location}"
-        origin = getattr(upstream_state, _ORIGIN, f"{edge.key} of {self.key.slug}")
+        origin = getattr(upstream_state, _ORIGIN, None) or f"{edge.key} of {self.key.slug}"
         if upstream_state.is_mapped() or _is_unread(result):
             return origin
         index = f"[{prefect.context.get('map_index')}]" if edge.mapped else ""
@@ -2914,18 +2914,17 @@ def _is_small(value):
     return isinstance(value, (int, float, str, bytes, type(None)))
 
 
-def _drop(state, given, is_kept=False):
-    """Drop a state's result, unless the state is the one that the caller has given.
-
-    What is in its file can be read again; other results are purged, or kept.
-    """
-    if not _has_result(state) or state is given:
+def _drop(state, is_kept=False):
+    """Drop a state's result: what is in its file can be read again; others are purged, or kept."""
+    if not _has_result(state):
         return
     if _is_in_file(state._result):
         state._result.let_go()
     elif not is_kept:
         state._result = PurgedResult
-        vars(state).pop(_FOR_NEXT_ROUND, None)
+        if hasattr(state, _FOR_NEXT_ROUND):
+            delattr(state, _FOR_NEXT_ROUND)
+        setattr(state, _ORIGIN, None)
 
 
 def _callers_own(given):
@@ -3008,13 +3007,10 @@ class _TaskRecord:
 class _Call:
     """A call that the flow runner has submitted: a task run, or a small helper of Prefect's."""
 
-    __slots__ = ("record", "index", "given", "readers", "pending", "value")
+    __slots__ = ("record", "readers", "pending", "value")
 
-    def __init__(self, record, given):
+    def __init__(self, record):
         self.record: Optional[_TaskRecord] = record  # of the task; a helper has none
-        #: among the children of a mapped task; -1: the run of the task itself
-        self.index: int = len(record.calls) - 1 if record else -1
-        self.given = given  # the caller's own state, as long as the task run may end with it
         #: by how many edges its result is still to be read
         self.readers: int = record.readers if record else 0
         self.pending: Any = None  # a `_Pending`, until it is done
@@ -3033,19 +3029,19 @@ class _Pending:
     """What a call needs until it is done: its arguments, and what goes before and after it."""
 
     __slots__ = (
-        "number", "function", "args", "common", "own", "context", "extra_context",
+        "number", "index", "given", "function", "args", "common", "folded",
         "needs", "size", "missing", "dependents", "is_wanted", "piece",
     )  # fmt: skip
 
-    def __init__(self, number, function, args, common, own, context, extra_context):
+    def __init__(self, number, index, given, function, args, common, folded):
         self.number: int = number  # in the order of submission
+        self.index: int = index  # among the children of a mapped task; -1: the task itself
+        self.given: Optional[State] = given  # the caller's own, with which it may end
         self.function: Callable = function
         self.args: tuple = args
         self.common: dict = common  # keyword arguments that it shares with other calls of its task
-        self.own: tuple = _folded(own)  # the other ones
-        #: what its context does not share with that of all calls; None if it has none
-        self.context: Optional[tuple] = None if context is None else _folded(context)
-        self.extra_context: tuple = _folded(extra_context)  # what Dask is told
+        #: by `_folded`: the other ones, its upstream states, its context, and its extra context
+        self.folded: tuple = folded
 
         self.needs: List[_Call] = []  # what it cannot begin without, the first one last
         self.size = self.missing = 0  # how many these were, and how many still are in its way
@@ -3053,23 +3049,38 @@ class _Pending:
         self.is_wanted: bool = False
         self.piece: Optional[_Piece] = None  # what it is under way with
 
+    @property
     def kwargs(self):
-        return {**self.common, **_unfolded(self.own)}
+        own, upstream_states, _, _ = _unfolded(self.folded)
+        if upstream_states is not None:
+            own["upstream_states"] = upstream_states
+        return {**self.common, **own}
+
+    @property
+    def context(self):
+        """What its context does not share with that of all calls; None if it has none."""
+        return _unfolded(self.folded)[2]
+
+    @property
+    def extra_context(self):
+        """What Dask is told."""
+        return _unfolded(self.folded)[3] or {}
 
 
-#: The keys of folded dictionaries, each once.
-_keys: Dict[tuple, tuple] = {}
+def _folded(mappings, known):
+    """Dictionaries as one tuple: a third of their memory, as thousands of calls may wait.
 
-
-def _folded(mapping):
-    """A dictionary as a tuple: a third of its memory, as thousands of calls may wait."""
-    keys = tuple(mapping)
-    return (_keys.setdefault(keys, keys), *mapping.values())
+    Many have the same keys, which are `known` once for all of them.
+    """
+    keys = tuple(mapping if mapping is None else tuple(mapping) for mapping in mappings)
+    values = (value for mapping in mappings if mapping for value in mapping.values())
+    return (known.setdefault(keys, keys), *values)
 
 
 def _unfolded(folded):
-    keys, *values = folded
-    return dict(zip(keys, values))
+    (*keys,), *values = folded
+    rest = iter(values)
+    return [None if names is None else dict(zip(names, rest)) for names in keys]
 
 
 class _Order:
@@ -3164,6 +3175,8 @@ class _Run:
         self._given_ends: List[State] = []  # what tasks came to in earlier rounds
         self._under_way = 0
         self._context = {}  # what the contexts of all calls have in common
+        self._known_keys = {}  # of what calls are submitted with
+        self._given = set()  # the calls that came to a state of the caller's own
         self._is_reported = False  # given states come from a backend: they are nobody else's
         #: in the end: that two task runs had one file, in words
         self.conflict: Optional[str] = None
@@ -3184,9 +3197,8 @@ class _Run:
             finally:
                 self._progress.close(self._count)
                 if self.is_finished:
-                    calls = [call for record in self._records.values() for call in record.calls]
-                    ends = [*self._given_ends, *(call.value for call in calls)]
-                    self.conflict = _settle_claims(ends)
+                    ends = (call.value for call in self._calls())
+                    self.conflict = _settle_claims(itertools.chain(self._given_ends, ends))
                     _forget_flow_run()
                 # A call and its record refer to each other.
                 for record in self._records.values():
@@ -3203,7 +3215,7 @@ class _Run:
             getattr(s, _FOR_NEXT_ROUND, False) for s in given.map_states
         ):
             given.result = None  # What the children hold: the flow runner put it there, too.
-        call = self._new_call(record, given)
+        call = self._new_call(record)
         needed = {}
         for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
             for edge, upstream in _through_edges(argument):
@@ -3215,14 +3227,22 @@ class _Run:
         if "task" in kwargs:
             record.common = record.common or {k: kwargs[k] for k in {*kwargs} - _OWN_KEYWORDS}
             common = record.common
+        upstream_states = kwargs.pop("upstream_states", None)
         own = _difference(kwargs, common)
+        folded = _folded((own, upstream_states, context, extra_context), self._known_keys)
         call.pending = _Pending(
-            next(self._numbers), fn, args, common, own, context, extra_context or {}
+            next(self._numbers),
+            len(record.calls) - 2 if record else -1,
+            self._callers_own(given),
+            fn,
+            args,
+            common,
+            folded,
         )
         self._connect(call, needed)
         if self._current is not None:
             self._order.want([call])
-        elif record is not None and record.is_awaited and call.index == -1:
+        elif record is not None and record.is_awaited and call.pending.index == -1:
             self._free.append(call)
         return call
 
@@ -3236,8 +3256,8 @@ class _Run:
                 self._given_ends = [s for s in _with_children(futures) if isinstance(s, State)]
                 self._go_on_to(None)
                 wanted = self._records if self._backend.runs_all else futures
-                asked = [call for task in wanted for call in self._records[task].calls]
-                self._order.want(asked)
+                self._order.want(call for task in wanted for call in self._records[task].calls)
+                self._free.clear()
                 self._advance(None)
             else:
                 asked = [call for call in _calls_in(futures) if not call.is_done]
@@ -3273,19 +3293,22 @@ class _Run:
                     self._free.extend(passed.calls)
                     known.extend(passed.upstream)
 
-    def _new_call(self, record, given):
-        call = _Call(record, None if self._is_reported else _callers_own(given))
+    def _new_call(self, record):
+        call = _Call(record)
         if record is not None:
             record.calls.append(call)
             record.reading += 1
         return call
+
+    def _callers_own(self, given):
+        return None if self._is_reported else _callers_own(given)
 
     def _note_given(self, edge, upstream):
         """Stand a call that is done for a state that the flow runner has had from the start."""
         record = self._records.get(edge.upstream_task) if edge else None
         if record is not None and not record.calls and isinstance(upstream, State):
             for state in (upstream, *_children_of(upstream)):
-                self._new_call(record, state).value = state
+                self._end(self._new_call(record), state, self._callers_own(state))
 
     def _connect(self, call, needed):
         needed = [other for other in needed if not self._is_out_of_the_way(other)]
@@ -3339,9 +3362,14 @@ class _Run:
         finally:
             self._current = None
 
-    def _finish(self, call, outcome):
+    def _end(self, call, outcome, given):
         call.value = outcome
-        if call.record is not None and call.record.is_shared and call.index == -1:
+        if given is not None and outcome is given:
+            self._given.add(call)
+
+    def _finish(self, call, outcome):
+        self._end(call, outcome, call.pending.given)
+        if call.record is not None and call.record.is_shared and call.pending.index == -1:
             _share(outcome)
         children = [c for c in _children_of(outcome) if isinstance(c, _Call)]
         if children:
@@ -3359,10 +3387,9 @@ class _Run:
                 self._release_inputs(call)
             else:
                 for upstream in _edges_read(call):  # It can be read again, where it has a file.
-                    _drop(upstream.value, upstream.given, is_kept=True)
+                    if upstream not in self._given:
+                        _drop(upstream.value, is_kept=True)
         call.pending = None
-        if call.given is not call.value:
-            call.given = None
         if call.record is not None:
             self._release([call], 0)
         self._progress.tell(self._count)
@@ -3382,8 +3409,9 @@ class _Run:
             upstream = self._records[edge.upstream_task]
             if _flattens(edge) and len(upstream.calls) > 1:
                 continue  # In each round, Prefect asks all children for their lengths.
-            if edge.mapped and call.index >= 0 and len(upstream.calls) > 1:
-                self._release(upstream.calls[call.index + 1 : call.index + 2])
+            index = call.pending.index
+            if edge.mapped and index >= 0 and len(upstream.calls) > 1:
+                self._release(upstream.calls[index + 1 : index + 2])
                 if not record.reading:
                     # What is left over if another map over which it goes is shorter.
                     self._release(upstream.calls[len(record.calls) :])
@@ -3394,22 +3422,25 @@ class _Run:
     def _release(self, calls, readers=1):
         for call in calls:
             call.readers -= readers
-            if call.is_done and call.readers <= 0:
-                _drop(call.value, call.given, call.record.is_kept)
+            if call.is_done and call.readers <= 0 and call not in self._given:
+                _drop(call.value, call.record.is_kept)
 
     def _close(self):
         """If there will be no other round, drop what was held for one; else mark it."""
         ends = [call.value for record in self._terminal for call in record.calls]
         self.is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         for record in self._records.values():
-            made = [call.value for call in record.calls if call.value is not call.given]
+            made = [call.value for call in record.calls if call not in self._given]
             made = [state for state in made if isinstance(state, State)]
             for state in made:
-                _drop(state, None, record.is_kept or not self.is_finished)
+                _drop(state, record.is_kept or not self.is_finished)
                 if not (self.is_finished or record.is_kept):
                     setattr(state, _FOR_NEXT_ROUND, True)
             if any(state._result is PurgedResult for state in made):
                 _forget_dropped_children(record.calls[0].value)
+
+    def _calls(self):
+        return (call for record in self._records.values() for call in record.calls)
 
     def _count(self):
         """How many mapped task runs there are, how many are done, and other counts by name."""
@@ -3419,9 +3450,8 @@ class _Run:
         read = sum(_is_in_file(s._result) and s._result.source.was_read for s in found)
         others = {"found": len(found), "read": read} if found else {}
         others["failed"] = sum(state.is_failed() for state in done)
-        every = [call for record in self._records.values() for call in record.calls]
         others["results alive"] = sum(
-            _has_result(call.value) for call in every if call.value is not call.given
+            _has_result(call.value) for call in self._calls() if call not in self._given
         )
         return len(children), len(done), others
 
@@ -3473,7 +3503,7 @@ def _difference(new, common):
 
 def _inputs(call):
     """Pairs of an edge (None for a helper's) and what a call gets through it."""
-    kwargs = _unfolded(call.pending.own)
+    kwargs = call.pending.kwargs
     for argument in (*call.pending.args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
         yield from _through_edges(argument)
 
@@ -3592,7 +3622,7 @@ def _chain(call):
 
 def _of_one_index(call, workers):
     """All that is done with one item of maps that part or meet, if they have many items."""
-    if call.index < 0 or len(call.record.calls) <= 2 * workers():
+    if call.pending.index < 0 or len(call.record.calls) <= 2 * workers():
         return None
     calls, ahead = {call}, [call]
     while ahead:
@@ -3633,7 +3663,7 @@ def _needed_with(call, calls, like):
             or not other.pending.is_wanted
             or other.record is None
             or other.record.restarts
-            or other.index != like.index
+            or other.pending.index != like.pending.index
             or _resources(other) != _resources(like)
         ):
             return set()
@@ -3644,7 +3674,7 @@ def _needed_with(call, calls, like):
 
 def _resources(call):
     """The tags by which a task asks for a place on the cluster."""
-    tags = _unfolded(call.pending.extra_context).get("task_tags") or ()
+    tags = call.pending.extra_context.get("task_tags") or ()
     return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
@@ -3691,15 +3721,16 @@ def _steps(piece):
     steps = []
     for call in piece.calls:
         pending = call.pending
-        kwargs = pending.kwargs()
+        kwargs = pending.kwargs
         for key in _UPSTREAM_KEYWORDS:
             if key in kwargs:
                 kwargs[key] = _replace(kwargs[key], (_Call, State), stand_in)
         args = [_replace(arg, (_Call, State), stand_in) for arg in pending.args]
         reads = [piece.positions[up] for up in _edges_read(call) if up in piece.positions]
         is_kept = call.record is None or call.record.is_kept
-        context = pending.context and _unfolded(pending.context)
-        steps.append((pending.function, args, kwargs, context, call.readers, is_kept, reads))
+        steps.append(
+            (pending.function, args, kwargs, pending.context, call.readers, is_kept, reads)
+        )
     return steps, [future for _, future in sources.values()]
 
 
@@ -3725,9 +3756,10 @@ def _run_steps(context, steps, sources=()):
         for position in is_read:
             readers[position] -= 1
         for position in (*is_read, len(outcomes) - 1):
-            if not readers[position]:
-                _, _, inputs, _, _, is_kept, _ = steps[position]
-                _drop(outcomes[position], _callers_own(inputs.get("state")), is_kept)
+            _, _, inputs, _, _, is_kept, _ = steps[position]
+            given = _callers_own(inputs.get("state"))
+            if not readers[position] and outcomes[position] is not given:
+                _drop(outcomes[position], is_kept)
     return outcomes
 
 
@@ -3739,7 +3771,7 @@ def _run_call(function, args, kwargs):
     outcome = _run_without_merging(function, args, kwargs)
     if isinstance(outcome, State):
         _let_go_of_data(_at_hand(outcome._result), _values_read(args, kwargs))
-        if _has_read_for_good(outcome):
+        if outcome.cached_inputs and _has_read_for_good(outcome):
             outcome.cached_inputs = {}
     return outcome
 
@@ -3900,7 +3932,7 @@ class _InProcesses(_InThreads):
 
     def begin(self, piece, context):
         steps, _ = _steps(piece)
-        if all(call.pending.kwargs().get("is_mapped_parent") for call in piece.calls):
+        if all(call.pending.kwargs.get("is_mapped_parent") for call in piece.calls):
             # All that comes of it is "Mapped": not worth to send what its children will read.
             future: Any = concurrent.futures.Future()
             future.set_result(cloudpickle.dumps(_run_steps(context, steps)))
@@ -4036,7 +4068,7 @@ def _without_what_stays(outcomes):
 
 def _name_together(calls):
     """What the dashboard shows: names joined as Dask's `fuse` does."""
-    contexts = [_unfolded(call.pending.extra_context) for call in calls]
+    contexts = [call.pending.extra_context for call in calls]
     if len(calls) == 1:
         return contexts[0]
     names = [context.get("task_name", "") for context in contexts]
@@ -4229,7 +4261,7 @@ def _run_on_worker(payload, work, *sources):
     outcomes = _run_work(payload, work, *sources)
     for outcome in outcomes:
         if isinstance(outcome, State):
-            _drop(outcome, None, is_kept=True)
+            _drop(outcome, is_kept=True)
             # A traceback does not travel; on the worker it would keep all that the task has read.
             for error in _errors_behind(_at_hand(outcome._result)):
                 error.__traceback__ = None
