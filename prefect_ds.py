@@ -2922,6 +2922,7 @@ def _drop(state, is_kept=False):
         state._result.let_go()
     elif not is_kept:
         state._result = PurgedResult
+        # Python keeps attributes small unless they are deleted, or asked for as a dictionary.
         if hasattr(state, _FOR_NEXT_ROUND):
             delattr(state, _FOR_NEXT_ROUND)
         setattr(state, _ORIGIN, None)
@@ -3078,7 +3079,7 @@ def _folded(mappings, known):
 
 
 def _unfolded(folded):
-    (*keys,), *values = folded
+    keys, *values = folded
     rest = iter(values)
     return [None if names is None else dict(zip(names, rest)) for names in keys]
 
@@ -3215,6 +3216,7 @@ class _Run:
             getattr(s, _FOR_NEXT_ROUND, False) for s in given.map_states
         ):
             given.result = None  # What the children hold: the flow runner put it there, too.
+        index = len(record.calls) - 1 if record else -1
         call = self._new_call(record)
         needed = {}
         for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
@@ -3230,19 +3232,12 @@ class _Run:
         upstream_states = kwargs.pop("upstream_states", None)
         own = _difference(kwargs, common)
         folded = _folded((own, upstream_states, context, extra_context), self._known_keys)
-        call.pending = _Pending(
-            next(self._numbers),
-            len(record.calls) - 2 if record else -1,
-            self._callers_own(given),
-            fn,
-            args,
-            common,
-            folded,
-        )
+        own_state = _callers_own(given)
+        call.pending = _Pending(next(self._numbers), index, own_state, fn, args, common, folded)
         self._connect(call, needed)
         if self._current is not None:
             self._order.want([call])
-        elif record is not None and record.is_awaited and call.pending.index == -1:
+        elif record is not None and record.is_awaited and index == -1:
             self._free.append(call)
         return call
 
@@ -3264,7 +3259,7 @@ class _Run:
                 self._order.want(asked)
                 if self._backend.is_concurrent:
                     self._order.want(self._free)
-                    self._free = []
+                    self._free.clear()
                 self._advance(asked)
         # Otherwise a task run waits for the children that it has just submitted (their turn
         # comes later), or for those that it reduces (they are done).
@@ -3300,15 +3295,12 @@ class _Run:
             record.reading += 1
         return call
 
-    def _callers_own(self, given):
-        return None if self._is_reported else _callers_own(given)
-
     def _note_given(self, edge, upstream):
         """Stand a call that is done for a state that the flow runner has had from the start."""
         record = self._records.get(edge.upstream_task) if edge else None
         if record is not None and not record.calls and isinstance(upstream, State):
             for state in (upstream, *_children_of(upstream)):
-                self._end(self._new_call(record), state, self._callers_own(state))
+                self._end(self._new_call(record), state, _callers_own(state))
 
     def _connect(self, call, needed):
         needed = [other for other in needed if not self._is_out_of_the_way(other)]
@@ -3364,7 +3356,7 @@ class _Run:
 
     def _end(self, call, outcome, given):
         call.value = outcome
-        if given is not None and outcome is given:
+        if given is not None and outcome is given and not self._is_reported:
             self._given.add(call)
 
     def _finish(self, call, outcome):
@@ -3756,9 +3748,10 @@ def _run_steps(context, steps, sources=()):
         for position in is_read:
             readers[position] -= 1
         for position in (*is_read, len(outcomes) - 1):
+            if readers[position]:
+                continue
             _, _, inputs, _, _, is_kept, _ = steps[position]
-            given = _callers_own(inputs.get("state"))
-            if not readers[position] and outcomes[position] is not given:
+            if outcomes[position] is not _callers_own(inputs.get("state")):
                 _drop(outcomes[position], is_kept)
     return outcomes
 
@@ -3771,7 +3764,7 @@ def _run_call(function, args, kwargs):
     outcome = _run_without_merging(function, args, kwargs)
     if isinstance(outcome, State):
         _let_go_of_data(_at_hand(outcome._result), _values_read(args, kwargs))
-        if outcome.cached_inputs and _has_read_for_good(outcome):
+        if _has_read_for_good(outcome):
             outcome.cached_inputs = {}
     return outcome
 
