@@ -714,7 +714,7 @@ STORE_KWARGS = {
     "parquet": ({}, {}),
     "csv": (
         {"index": False},
-        dict(EXACT, keep_default_na=False, na_values=[""]),
+        dict(EXACT, keep_default_na=False, na_values=[""], low_memory=False),
     ),
 }
 

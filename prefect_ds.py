@@ -559,12 +559,13 @@ def _sample(frame, file_type):
     length = max(map(len, telling), default=0)
     if length + len(first) + len(last) >= len(frame):
         return frame
-    cells = {
-        number: frame.iloc[:, number]
-        .take([*first, *rows, *itertools.repeat(0, length - len(rows)), *last])
-        .reset_index(drop=True)
-        for number, rows in enumerate(telling)
-    }
+    cells = {}
+    for number, rows in enumerate(telling):
+        column = frame.iloc[:, number]
+        taken = [*first, *rows, *itertools.repeat(0, length - len(rows)), *last]
+        # Neither by the series, whose index would be made, and stay, as large as a column; nor
+        # by `take`, which would copy all of a column that is a part of an array.
+        cells[number] = pandas.Series(column.array[numpy.array(taken)], dtype=column.dtype)
     sample = pandas.DataFrame(cells, index=range(len(first) + length + len(last)))
     if not _is_numbered(frame):
         sample.index = frame.index.take([*range(len(first) + length), *last])
@@ -574,6 +575,7 @@ def _sample(frame, file_type):
     return sample
 
 
+@numpy.errstate(all="ignore")
 def _telling_rows(frame, file_type):
     """For each column the first row of each sort of cells that text may not keep."""
     found: list = [{} for _ in frame.columns]
@@ -582,10 +584,11 @@ def _telling_rows(frame, file_type):
         is_number = isinstance(dtype, numpy.dtype) and dtype.kind in "iuf"
         groups.setdefault(str(dtype) if is_number else number, []).append(number)
     for group, numbers in groups.items():
-        chunk = 2**20 // len(numbers) + 1 if isinstance(group, str) else 2**14
+        chunk = 2**17 // len(numbers) + 1 if isinstance(group, str) else 2**14
         for start in range(0, len(frame), chunk):
             part = frame.iloc[start : start + chunk, numbers]
-            for sort, mask in _sorts(part, file_type, found[numbers[0]]):
+            settled = set.intersection(*({*found[number]} for number in numbers))
+            for sort, mask in _sorts(part, file_type, settled):
                 mask = mask.reshape(len(part), -1)
                 for column in numpy.flatnonzero(mask.any(axis=0)):
                     if sort not in found[numbers[column]]:
@@ -593,25 +596,27 @@ def _telling_rows(frame, file_type):
     return found
 
 
-def _sorts(part, file_type, found):
+def _sorts(part, file_type, settled):
     """Names of sorts of cells, and masks of those in a part of a frame that are of this sort.
 
-    The part has one column, or numbers of one type.
+    The part has one column, or numbers of one type. What is `settled` need not be told again.
     """
     yield "missing", part.isna().values
     column = part.iloc[:, 0]
     values, kind = part.values, getattr(column.dtype, "kind", "")
     if not isinstance(column.dtype, numpy.dtype) and not pandas.api.types.is_string_dtype(column):
         return
-    with numpy.errstate(all="ignore"):
-        long = numpy.zeros(part.shape, bool)
-        if kind in "iuf":
-            long = (values > 1e15) | (values < -1e15)
+    if kind == "f":
+        yield "infinite", numpy.isinf(values)
+        yield "small", (abs(values) < 1e-5) & (values != 0)
+        if "fraction" not in settled:
+            yield "fraction", _has_fraction(values)
+    turns = {*range(8)} - settled  # One in a few such numbers keeps its digits.
+    if kind in "iuf" and turns:
+        long = (values > 1e15) | (values < -1e15)
         if kind == "f":
-            yield "small", (values != 0) & (abs(values) < 1e-5)
-            yield "fraction", values % 1 != 0
-            long |= values * 1e4 % 1 != 0
-        for turn in range(8 if long.any() else 0):  # One in a few such numbers keeps its digits.
+            long |= _has_fraction(values * 1e4)
+        for turn in turns if long.any() else ():
             yield turn, long & (numpy.arange(len(part)) % 8 == turn).reshape(-1, 1)
     if kind == "M":
         yield "time", (column != column.dt.normalize()).values
@@ -630,12 +635,16 @@ def _sorts(part, file_type, found):
     if column.str.contains("|".join(_PATTERNS.values()), na=False).any():
         for name, pattern in _PATTERNS.items():
             yield name, column.str.contains(pattern, na=False).values.astype(bool)
-    if "text" not in found:
+    if "text" not in settled:
         numbers = pandas.to_numeric(column, errors="coerce").notna().values
         yield "text", ~(column.isna().values | words | numbers)
         yield "number", numbers & ~words
-    if file_type in ("excel", "html", "xml") and "space" not in found:
+    if file_type in ("excel", "html", "xml") and "space" not in settled:
         yield "space", column.astype(str).str.contains(r"^[\s=]|\s\s|\s$|[^\S ]").values
+
+
+def _has_fraction(values):
+    return abs(values - numpy.trunc(values)) > 0  # It is False of what is missing or infinite.
 
 
 _REMEDIES = (
