@@ -6078,6 +6078,15 @@ def test_runs_only_what_is_asked_for_where_prefect_does(executor):
     assert computed(DSFlowRunner) == computed(FlowRunner) == [1]
 
 
+@on_each_executor
+def test_maps_over_one_list_twice(executor):
+    with Flow("twice") as flow:
+        parts = task(lambda: [FRAME, FRAME + FRAME], name="parts")()
+        both_ways = task(lambda one, other: one.equals(other)).map(parts, other=parts)
+    state = run(flow, executor=executor())
+    assert state.is_successful() and state.result[both_ways].result == [True, True]
+
+
 @purges_on_dask
 def test_a_purged_state_keeps_its_message_on_a_cluster():
     @task
