@@ -4020,9 +4020,9 @@ class _OnCluster(_Concurrent):
         looked_at = futures
         if isinstance(futures, dict):
             looked_at = [f for key, f in futures.items() if getattr(key, "mapped", True)]
-        # A map may go over one list twice.
-        states = {id(call.value): call.value for call in _calls_in(looked_at)}.values()
-        states = [s for s in states if isinstance(s, State) and isinstance(s._result, _Elsewhere)]
+        # Each once: a map may go over one list twice.
+        values = {id(call.value): call.value for call in _calls_in(looked_at)}.values()
+        states = [s for s in values if isinstance(s, State) and isinstance(s._result, _Elsewhere)]
         where = {id(state._result.future): state._result.future for state in states}
         answers = self._executor.wait(list(where.values())) if where else []
         found = dict(zip(where, answers))
