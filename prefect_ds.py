@@ -2403,8 +2403,13 @@ class DSTaskRunner(TaskRunner):
     def check_target(self, state, inputs):
         """As Prefect's, if the task is not recomputed; a `PandasResult` as `checkpoint_handler`."""
         recomputes = _TaskRun.of(self).recomputes
+        if state.is_cached() and getattr(state, _FOUND, False) and self._is_still_there(state):
+            return state  # An earlier round has found it, whose inputs may be gone.
         if not self.task.target or not (recomputes or isinstance(self.result, PandasResult)):
-            return super().check_target(state, inputs=inputs)
+            new_state = super().check_target(state, inputs=inputs)
+            if new_state is not state and new_state.is_cached():
+                setattr(new_state, _FOUND, True)
+            return new_state
         if isinstance(self.result, PandasResult):
             try:
                 result = _find_checkpoint(self)
@@ -2412,8 +2417,12 @@ class DSTaskRunner(TaskRunner):
                 raise ENDRUN(self.handle_state_change(state, _failed(self, exc))) from exc
             if result is not None:
                 cached = Cached(_found_message(self, result), result=result)
+                setattr(cached, _FOUND, True)
                 return self.handle_state_change(state, cached)
         return self.check_task_is_cached(state, inputs) if recomputes else state
+
+    def _is_still_there(self, state):
+        return state._result is PurgedResult or self.result.exists(state._result.location)
 
     def check_task_is_cached(self, state, inputs):
         """As Prefect's, if the task is not recomputed."""
@@ -2463,6 +2472,11 @@ class DSTaskRunner(TaskRunner):
             )
             failed = Failed(message, result=ValueError(message))
             raise ENDRUN(self.handle_state_change(state, failed))
+
+    def handle_state_change(self, old_state, new_state):
+        """As Prefect's; but what a handler has made of a state may be used elsewhere, too."""
+        state = super().handle_state_change(old_state, new_state)
+        return state if state is new_state else copy.copy(state)
 
     def call_runner_target_handlers(self, old_state, new_state):
         """As Prefect's; moreover, write what Prefect wants written, and let go of errors."""
@@ -2581,10 +2595,14 @@ def _without_data(state):
 def _errors_behind(error):
     """An error of a task run, and those that led to it, but none of whoever runs the flow."""
     seen = {id(sys.exc_info()[1])}
-    while isinstance(error, BaseException) and id(error) not in seen:
+    ahead = [error]
+    while ahead:
+        error = ahead.pop()
+        if not isinstance(error, BaseException) or id(error) in seen:
+            continue
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        ahead += [error.__cause__, error.__context__]
 
 
 def _let_go_of_data(error, inputs):
@@ -2593,7 +2611,7 @@ def _let_go_of_data(error, inputs):
     A traceback keeps the local variables of the calls that it names, and of those that led
     there. Variables that hold data get a few words instead; all others stay, for a debugger.
     """
-    known = set(map(id, inputs)) - set(map(id, (None, True, False)))
+    known = {id(value) for value in inputs if not _is_small(value)}
     steps = []
     for behind in _errors_behind(error):
         steps += [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
@@ -2601,8 +2619,7 @@ def _let_go_of_data(error, inputs):
     # Asked after that: in another thread, a task may still run that has raised the same error.
     under_way = _calls_under_way() if steps else ()
     for frame in steps:
-        # A generator may go on, with all that it has.
-        if id(frame) not in under_way and not frame.f_code.co_flags & _CO_GENERATORS:
+        if id(frame) not in under_way:
             _empty(frame, known)
 
 
@@ -2628,13 +2645,31 @@ _CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_
 
 def _empty(frame, known):
     data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
+    if data and frame.f_code.co_flags & _CO_GENERATORS and _goes_on(frame):
+        return
     if not data.keys() <= set(frame.f_code.co_varnames) - set(frame.f_code.co_cellvars):
         # What is shared with an inner function may live on there: give up this frame's part in it.
         frame.clear()
         _ = frame.f_locals  # up to date, now: it is kept, too
+        _empty_function(frame)
         return
     for name, value in data.items():
         _set_local(frame, name, f"<{type(value).__name__} that the task had, let go of>")
+
+
+def _empty_function(frame):
+    """Let the function of a frame hold nothing, if only the frame keeps it: from Python 3.11 on."""
+    for function in gc.get_referents(frame):
+        if type(function) is types.FunctionType and sys.getrefcount(function) == 4:
+            for cell in function.__closure__ or ():
+                if sys.getrefcount(cell) == 3:
+                    del cell.cell_contents
+
+
+def _goes_on(frame):
+    """Whether a generator that is not under way may go on, with all that it has."""
+    kinds = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+    return any(isinstance(holder, kinds) for holder in gc.get_referrers(frame))
 
 
 def _holds_data(value, known):
@@ -2651,6 +2686,10 @@ def _holds_data(value, known):
         seen.add(id(value))
         if kind is types.FunctionType:  # not its module
             ahead.extend((value.__closure__, value.__defaults__, value.__kwdefaults__))
+        elif kind is types.GeneratorType and value.gi_frame is not None:  # nor its
+            around = {id(value.gi_frame.f_globals), id(value.gi_frame.f_builtins)}
+            inside = gc.get_referents(value, value.gi_frame)
+            ahead.extend(each for each in inside if id(each) not in around)
         else:
             ahead.extend(gc.get_referents(value))
     return False
@@ -2954,8 +2993,9 @@ def _has_read_for_good(outcome):
     """Whether a task run that came to this will never read its inputs again."""
     if not isinstance(outcome, State):
         return True
-    # A later round runs a Cached task again, to see whether its inputs are still the same.
-    return outcome.is_finished() and not outcome.is_cached()
+    # A later round runs a Cached task again, to see whether its inputs are still the same; not
+    # so if there was a file at its target.
+    return outcome.is_finished() and (not outcome.is_cached() or getattr(outcome, _FOUND, False))
 
 
 def _children_of(state):
@@ -3365,7 +3405,11 @@ class _Run:
 
     def _end(self, call, outcome, given):
         call.value = outcome
-        if given is not None and outcome is given and not self._is_reported:
+        if self._is_reported:
+            return
+        # What becomes of the children of a map that is the caller's goes into that map.
+        is_child = call.record is not None and call.record.calls[0] in self._given
+        if is_child or (given is not None and outcome is given):
             self._given.add(call)
 
     def _finish(self, call, outcome):

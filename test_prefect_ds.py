@@ -3258,6 +3258,40 @@ with_and_without_handler = pytest.mark.parametrize(
 
 
 @from_0_11
+@on_local_and_threads
+@pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "Prefect's"])
+def test_what_is_found_at_its_target_holds_no_inputs(is_ours, executor, counted_tables):
+    local = getattr(prefect.engine.results, "LocalResult", None)
+    storage = PandasResult() if is_ours else local(dir=os.getcwd())
+    seen, calls = [], []
+
+    @task
+    def look(frame):
+        seen.append(tables_alive())
+
+    @task(max_retries=1, retry_delay=timedelta(0))
+    def fail_once(number):
+        calls.append(number)
+        if len(calls) % 2:
+            raise ValueError("once")
+
+    with Flow("target") as flow:
+        n = pass_on([1, 2, 3, 4, 5, 6, 7, 8])
+        made = task(lambda i: table(), name="make").map(n)
+        fill = task(lambda frame, i: FRAME * i, name="fill", target="{i:02}.pkl", result=storage)
+        filled = fill.map(made, n)
+        look.map(filled)
+        fail_once(total(task(lambda frame: len(frame), name="count").map(filled)))
+    for _ in range(2):
+        final = run(flow, executor=EXECUTORS[executor](), context={"checkpointing": True})
+        assert final.is_successful()
+    kinds = {type(child) for child in final.result[filled].map_states}
+    assert kinds == {state.Cached}
+    assert max(seen[:8]) <= 4 and max(seen[8:]) <= 4
+    assert sorted(os.listdir()) == [f"{i:02}.pkl" for i in range(1, 9)] and len(calls) == 4
+
+
+@from_0_11
 @with_and_without_handler
 def test_a_target_is_filled_from_defaults_and_loaded(handlers):
     @task(result=PandasResult(), target="{task_name}_{id}_{size}.csv")
@@ -5490,8 +5524,8 @@ def test_a_map_that_is_flattened_is_dropped_in_the_end(counted):
     given = [Part()]
     begun = Mapped(map_states=[Success(result=given), Pending()])
     state = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states={parts: begun})
-    assert state.is_successful() and state.result[parts].result == [given, None]
-    assert len(alive) == 1
+    assert state.is_successful() and state.result[parts].result[0] == given
+    assert len(alive) == 3, "what becomes of a child goes into the caller's own map"
 
 
 @purges_on_dask
@@ -5674,6 +5708,38 @@ def test_states_of_the_caller_are_not_touched():
     state = DSFlowRunner(flow).run(return_tasks=[make, final], task_states={make: given})
     assert_frame_equal(given.result, FRAME)
     assert_frame_equal(state.result[final].result, FRAME * 2)
+
+
+@from_0_12
+@on_local_and_threads
+def test_what_becomes_of_children_in_a_map_of_the_caller_stays(executor):
+    with Flow("caller") as flow:
+        parts = task(lambda i: FRAME, name="part").map([1, 2])
+        result = task(lambda parts: len(parts), name="result")(parts)
+    mine = state.Mapped(map_states=[Success(result=FRAME), state.Pending()])
+    for _ in range(2):
+        final = DSFlowRunner(flow).run(
+            return_tasks=flow.tasks, task_states={parts: mine}, executor=EXECUTORS[executor]()
+        )
+        assert final.result[result].result == 2
+        for child in mine.map_states:
+            assert_frame_equal(child.result, FRAME)
+
+
+def test_a_state_that_a_handler_returns_is_not_touched():
+    known = Success("known", result=FRAME)
+
+    def knows(task, old_state, new_state):
+        return known if new_state.is_running() else new_state
+
+    with Flow("known") as flow:
+        one, other = (task(lambda: None, name=n, state_handlers=[knows])() for n in ("a", "b"))
+        result = task(lambda one, other: one.equals(other), name="equals")(one, other)
+    for _ in range(2):
+        final = run(flow)
+        assert final.result[result].result is True
+        assert final.result[one]._result is PurgedResult
+        assert_frame_equal(known.result, FRAME)
 
 
 def test_a_map_of_the_caller_is_not_touched_though_its_children_were_purged():
@@ -5903,25 +5969,100 @@ def test_an_error_holds_no_data_wherever_it_is(hide, counted_tables):
     assert tables_alive() == 0
 
 
-def test_a_debugger_shows_what_is_not_data():
+def fail_over(*anything):
+    raise ValueError(len(anything))
+
+
+def raise_in_a_generator_expression(frame):
+    return sum(fail_over(frame, cell) for cell in frame.columns)
+
+
+def raise_in_a_generator(frame):
+    def rows():
+        yield fail_over(frame)
+
+    return list(rows())
+
+
+def raise_in_an_inner_function(frame):
+    return frame.apply(lambda column: fail_over(frame, column))
+
+
+def raise_with_a_cause(frame):
+    try:
+        fail_over(frame)
+    except ValueError:
+        raise RuntimeError("with a cause and a context") from KeyError("cause")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        raise_in_a_generator_expression,
+        raise_in_a_generator,
+        raise_in_an_inner_function,
+        raise_with_a_cause,
+    ],
+)
+def test_an_error_holds_no_data_wherever_it_was_raised(fail, counted_tables):
+    with Flow("raised") as flow:
+        failure = task(fail, name="fail").map(task(lambda i: table(), name="make").map([1, 2, 3]))
+    state = run(flow)
+    assert state.is_failed() and len(state.result[failure].map_states) == 3
+    assert tables_alive() == 0
+
+
+def test_a_function_that_has_raised_keeps_what_it_shares():
+    kept = []
+
     @task
     def fail(frame):
+        def inner():
+            if "go on" in kept:
+                return frame
+            raise ValueError(len(frame))
+
+        kept.append(inner)
+        inner()
+
+    @task
+    def fail_in_another(frame):
+        def inner():
+            raise ValueError(len(frame))
+
+        kept.append(lambda: frame)
+        inner()
+
+    with Flow("kept") as flow:
+        frame = task(lambda: FRAME, name="make")()
+        failures = [fail(frame), fail_in_another(frame)]
+    final = run(flow)
+    assert all(isinstance(failed(final, failure), ValueError) for failure in failures)
+    kept.append("go on")
+    for function in kept[:2]:
+        assert_frame_equal(function(), FRAME)
+
+
+def test_a_debugger_shows_what_is_not_data():
+    @task
+    def fail(frame, number):
         factor, frames = 3, [frame]
         raise ValueError(len(frames) * factor)
 
     with Flow("debug") as flow:
-        failure = fail(Calls().make()(1))
+        failure = fail(Calls().make()(1), pass_on(7))
     seen = locals_of(run(flow).result[failure].result)
-    assert seen["factor"] == 3
+    assert (seen["factor"], seen["number"]) == (3, 7)
     assert seen["frame"] == "<DataFrame that the task had, let go of>"
     assert seen["frames"] == "<list that the task had, let go of>"
 
 
 def test_a_generator_that_has_seen_an_error_goes_on():
     def careful():
+        frame = FRAME
         for number in range(3):
             try:
-                raise ValueError(number)
+                raise ValueError(number, len(frame))
             except ValueError as error:
                 caught = error
             yield caught
@@ -5935,7 +6076,7 @@ def test_a_generator_that_has_seen_an_error_goes_on():
     with Flow("generator") as flow:
         fail(pass_on(1))
     assert run(flow).is_failed()
-    assert next(shared).args == (2,)
+    assert next(shared).args == (2, len(FRAME))
 
 
 def test_an_error_that_is_being_handled_keeps_its_variables():
