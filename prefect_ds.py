@@ -28,6 +28,7 @@ The internals of Prefect that this file relies on are listed, and held, by
 `test_touches_only_these_internals` in `test_prefect_ds.py`.
 """
 
+import builtins
 import concurrent.futures
 import copy
 import ctypes
@@ -2592,6 +2593,10 @@ def _without_data(state):
 # What errors hold ----------------------------------------------------------------------------
 
 
+#: An error of several errors, where this Python has it.
+_ERROR_GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())
+
+
 def _errors_behind(error):
     """An error of a task run, and those that led to it, but none of whoever runs the flow."""
     seen = {id(sys.exc_info()[1])}
@@ -2603,6 +2608,7 @@ def _errors_behind(error):
         seen.add(id(error))
         yield error
         ahead += [error.__cause__, error.__context__]
+        ahead += error.exceptions if isinstance(error, _ERROR_GROUP) else []
 
 
 def _let_go_of_data(error, inputs):
@@ -2644,9 +2650,10 @@ _CO_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_
 
 
 def _empty(frame, known):
-    data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
-    if data and frame.f_code.co_flags & _CO_GENERATORS and _goes_on(frame):
+    # Asked first: up to Python 3.12, to look at local variables is to keep what they are now.
+    if frame.f_code.co_flags & _CO_GENERATORS and _goes_on(frame):
         return
+    data = {name: v for name, v in frame.f_locals.items() if _holds_data(v, known)}
     if not data.keys() <= set(frame.f_code.co_varnames) - set(frame.f_code.co_cellvars):
         # What is shared with an inner function may live on there: give up this frame's part in it.
         frame.clear()

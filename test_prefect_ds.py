@@ -1,5 +1,6 @@
 """The facts about prefect_ds, on the Prefect and pandas installed: `pytest test_prefect_ds.py`."""
 
+import builtins
 import concurrent.futures
 import copy
 import datetime
@@ -5995,6 +5996,17 @@ def raise_with_a_cause(frame):
         raise RuntimeError("with a cause and a context") from KeyError("cause")
 
 
+def raise_a_group(frame):
+    errors = []
+    for part in (frame, frame.copy()):
+        try:
+            fail_over(part)
+        except ValueError as error:
+            errors.append(error)
+    group = getattr(builtins, "ExceptionGroup", lambda message, errors: errors[0])
+    raise group("all", errors)
+
+
 @pytest.mark.parametrize(
     "fail",
     [
@@ -6002,6 +6014,7 @@ def raise_with_a_cause(frame):
         raise_in_a_generator,
         raise_in_an_inner_function,
         raise_with_a_cause,
+        raise_a_group,
     ],
 )
 def test_an_error_holds_no_data_wherever_it_was_raised(fail, counted_tables):
