@@ -3258,7 +3258,7 @@ with_and_without_handler = pytest.mark.parametrize(
 )
 
 
-@from_0_11
+@from_0_12
 @on_local_and_threads
 @pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "Prefect's"])
 def test_what_is_found_at_its_target_holds_no_inputs(is_ours, executor, counted_tables):
