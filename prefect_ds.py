@@ -172,6 +172,9 @@ _HAND_ON = {"run_task", "get_flow_run_state", *_STATES_OWN}
 _HAND_ITEMS_ON = {"check_task_ready_to_map", "prepare_upstream_states_for_mapping"}
 _HAND_ITEMS_ON |= {"run_mapped_task"}  # below 0.12
 
+#: An error of several errors, where this Python has it.
+_ERROR_GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())
+
 if sys.version_info >= (3, 13):
 
     def _set_local(frame, name, value):
@@ -1720,7 +1723,7 @@ _FOUND = "_prefect_ds_found"
 #: The newest file that the result was made from: when it was written, and where it is.
 _NEWEST = "_prefect_ds_newest"
 
-#: The result was kept for a reader that has not finished, for the next round.
+#: A round of the flow run that has not finished has made the state, for the next one.
 _FOR_NEXT_ROUND = "_prefect_ds_for_next_round"
 
 
@@ -2130,8 +2133,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
         if old_state.is_pending() and new_state.is_running():
             result = _find_checkpoint(task_runner)
             if result is not None:
-                new_state = Success(_found_message(task_runner, result), result=result)
-                setattr(new_state, _FOUND, True)
+                new_state = _found(task_runner, Success, result)
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
             _write_checkpoint(task_runner, new_state)
     except Exception as exc:
@@ -2205,9 +2207,12 @@ def _find_checkpoint(task_runner):
     return _stored(storage, location, None, file)
 
 
-def _found_message(task_runner, result):
+def _found(task_runner, state_class, result):
+    """The state of a task run whose file is there."""
     when = ", which is read when somebody asks for it" if _is_unread(result) else ""
-    return f"Found {_TaskRun.of(task_runner).location}{when}."
+    found = state_class(f"Found {_TaskRun.of(task_runner).location}{when}.", result=result)
+    setattr(found, _FOUND, True)
+    return found
 
 
 def _newest_behind(state):
@@ -2403,9 +2408,10 @@ class DSTaskRunner(TaskRunner):
 
     def check_target(self, state, inputs):
         """As Prefect's, if the task is not recomputed; a `PandasResult` as `checkpoint_handler`."""
-        recomputes = _TaskRun.of(self).recomputes
-        if state.is_cached() and getattr(state, _FOUND, False) and self._is_still_there(state):
-            return state  # An earlier round has found it, whose inputs may be gone.
+        task_run = _TaskRun.of(self)
+        recomputes = task_run.recomputes
+        if task_run.purged_inputs and not recomputes and self._is_still_there(state):
+            return state  # An earlier round has found it, and let go of what fills the target.
         if not self.task.target or not (recomputes or isinstance(self.result, PandasResult)):
             new_state = super().check_target(state, inputs=inputs)
             if new_state is not state and new_state.is_cached():
@@ -2417,12 +2423,13 @@ class DSTaskRunner(TaskRunner):
             except Exception as exc:
                 raise ENDRUN(self.handle_state_change(state, _failed(self, exc))) from exc
             if result is not None:
-                cached = Cached(_found_message(self, result), result=result)
-                setattr(cached, _FOUND, True)
-                return self.handle_state_change(state, cached)
+                return self.handle_state_change(state, _found(self, Cached, result))
         return self.check_task_is_cached(state, inputs) if recomputes else state
 
     def _is_still_there(self, state):
+        """Whether a state says that there was a file at the target, and there is."""
+        if not (state.is_cached() and getattr(state, _FOUND, False)):
+            return False
         return state._result is PurgedResult or self.result.exists(state._result.location)
 
     def check_task_is_cached(self, state, inputs):
@@ -2591,10 +2598,6 @@ def _without_data(state):
 
 
 # What errors hold ----------------------------------------------------------------------------
-
-
-#: An error of several errors, where this Python has it.
-_ERROR_GROUP: Any = getattr(builtins, "BaseExceptionGroup", ())
 
 
 def _errors_behind(error):
@@ -2978,8 +2981,6 @@ def _drop(state, is_kept=False):
     elif not is_kept:
         state._result = PurgedResult
         # Python keeps attributes small unless they are deleted, or asked for as a dictionary.
-        if hasattr(state, _FOR_NEXT_ROUND):
-            delattr(state, _FOR_NEXT_ROUND)
         setattr(state, _ORIGIN, None)
 
 
@@ -3486,8 +3487,10 @@ class _Run:
             made = [state for state in made if isinstance(state, State)]
             for state in made:
                 _drop(state, record.is_kept or not self.is_finished)
-                if not (self.is_finished or record.is_kept):
+                if not self.is_finished:
                     setattr(state, _FOR_NEXT_ROUND, True)
+                elif hasattr(state, _FOR_NEXT_ROUND):
+                    delattr(state, _FOR_NEXT_ROUND)
             if any(state._result is PurgedResult for state in made):
                 _forget_dropped_children(record.calls[0].value)
 

@@ -3262,8 +3262,7 @@ with_and_without_handler = pytest.mark.parametrize(
 @on_local_and_threads
 @pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "Prefect's"])
 def test_what_is_found_at_its_target_holds_no_inputs(is_ours, executor, counted_tables):
-    local = getattr(prefect.engine.results, "LocalResult", None)
-    storage = PandasResult() if is_ours else local(dir=os.getcwd())
+    storage = PandasResult() if is_ours else prefect.engine.results.LocalResult(dir=os.getcwd())
     seen, calls = [], []
 
     @task
@@ -3290,6 +3289,19 @@ def test_what_is_found_at_its_target_holds_no_inputs(is_ours, executor, counted_
     assert kinds == {state.Cached}
     assert max(seen[:8]) <= 4 and max(seen[8:]) <= 4
     assert sorted(os.listdir()) == [f"{i:02}.pkl" for i in range(1, 9)] and len(calls) == 4
+
+
+@from_0_11
+def test_what_was_found_at_its_target_is_recomputed_though_its_state_is_given():
+    calls = Calls()
+    with Flow("target") as flow:
+        made = calls.make(result=PandasResult(), target="data.pkl")(1)
+    run(flow, context={"checkpointing": True})
+    found = run(flow, context={"checkpointing": True}).result
+    assert type(found[made]) is state.Cached and len(calls) == 1
+    context = {"checkpointing": True, "recompute": "make"}
+    final = DSFlowRunner(flow).run(return_tasks=[made], task_states=found, context=context)
+    assert type(final.result[made]) is Success and len(calls) == 2
 
 
 @from_0_11
@@ -5526,6 +5538,7 @@ def test_a_map_that_is_flattened_is_dropped_in_the_end(counted):
     begun = Mapped(map_states=[Success(result=given), Pending()])
     state = DSFlowRunner(flow).run(return_tasks=flow.tasks, task_states={parts: begun})
     assert state.is_successful() and state.result[parts].result[0] == given
+    assert [len(items) for items in state.result[parts].result] == [1, 2]
     assert len(alive) == 3, "what becomes of a child goes into the caller's own map"
 
 
@@ -5687,6 +5700,35 @@ def test_inputs_of_a_retry_are_kept_until_it_has_finished(executor, fails):
     assert state.result[flow.total].result == 3
     for child in state.result[flow.loaded].map_states if PURGES_ON_DASK else ():
         assert child._result is PurgedResult
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("threads", marks=purges_on_dask)])
+def test_what_is_kept_in_files_is_dropped_in_a_later_round_too(executor, counted_tables):
+    calls = []
+
+    @task(max_retries=1, retry_delay=timedelta(0), **stored("{i}.pkl"))
+    def make(i):
+        calls.append(i)
+        if i == 3 and calls.count(3) == 1:
+            raise ValueError("once")
+        return table()
+
+    @task
+    def read(frames):
+        tables.extend(map(weakref.ref, frames))
+        return len(frames)
+
+    @task
+    def look():
+        return tables_alive()
+
+    with Flow("kept") as flow:
+        made = make.map([1, 2, 3, 4])
+        looked = look(upstream_tasks=[read(made)])
+    flow.set_reference_tasks([made, looked])
+    final = run(flow, executor=EXECUTORS[executor]())
+    assert sorted(calls) == [1, 2, 3, 3, 4] and final.is_successful()
+    assert final.result[looked].result == 0
 
 
 def test_inputs_of_a_retry_are_all_that_is_kept(counted):
