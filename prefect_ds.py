@@ -2482,7 +2482,7 @@ class DSTaskRunner(TaskRunner):
             raise ENDRUN(self.handle_state_change(state, failed))
 
     def handle_state_change(self, old_state, new_state):
-        """As Prefect's; but what a handler has made of a state may be used elsewhere, too."""
+        """As Prefect's, but a copy of what a handler has put in: it may be in use elsewhere."""
         state = super().handle_state_change(old_state, new_state)
         return state if state is new_state else copy.copy(state)
 
@@ -2621,13 +2621,12 @@ def _let_go_of_data(error, inputs):
     there. Variables that hold data get a few words instead; all others stay, for a debugger.
     """
     known = {id(value) for value in inputs if not _is_small(value)}
-    steps = []
-    for behind in _errors_behind(error):
-        steps += [frame for frame, _ in traceback.walk_tb(behind.__traceback__)]
-        steps += _frames_from(steps[0].f_back if steps else None)
+    tracebacks = [behind.__traceback__ for behind in _errors_behind(error)]
+    steps = [frame for part in tracebacks for frame, _ in traceback.walk_tb(part)]
+    steps += _frames_from(steps[0].f_back if steps else None)
     # Asked after that: in another thread, a task may still run that has raised the same error.
     under_way = _calls_under_way() if steps else ()
-    for frame in steps:
+    for frame in dict.fromkeys(steps):
         if id(frame) not in under_way:
             _empty(frame, known)
 
@@ -2719,8 +2718,9 @@ class DSFlowRunner(FlowRunner):
     "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
     Paused, ...), or has `cache_for`, will read again. Of all others, those that are in a file are
     read from there when somebody asks for them, and the rest is replaced by `PurgedResult`.
-    Results that come with states passed in by the caller (`task_states`) are never touched. A
-    flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
+    Results of states that the caller passes in (`task_states`), or a state handler returns, are
+    never touched, except those of an earlier round that has not finished: this one uses them up.
+    A flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
 
     Parameters
     ----------
