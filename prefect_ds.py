@@ -127,38 +127,8 @@ if hasattr(prefect.tasks.core, "resource_manager"):
     )
 
 if _HAS_LOCATIONS:
-
-    class _Storage(Result):
-        """The contract of Prefect's `Result`, in terms of `_fill`, `_load` and `_save`."""
-
-        def __init__(self, path, **kwargs):
-            super().__init__(location=None if callable(path) else path, **kwargs)
-            self._formatter = path if callable(path) else None
-
-        def format(self, **kwargs):
-            new = self.copy()
-            new.location = self._fill(kwargs)
-            return new
-
-        def exists(self, location, **kwargs):
-            return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
-
-        def read(self, location=None, input_mapping=None):
-            new = self.copy()
-            new.location = self._fill(input_mapping or {}) if location is None else location
-            new.value = self._load(new.location)
-            return new
-
-        def write(self, value_, input_mapping=None, **kwargs):
-            if self._puts_off:
-                self._is_wanted = True
-                return self.from_value(value_)
-            new = self.format(**dict(kwargs, **(input_mapping or {})))
-            new.value = value_
-            self._save(value_, new.location)
-            return new
-
-    _no_storage: Callable = Result
+    _Storage: Any = Result
+    _no_storage: Any = Result
 
     def _stored(storage, location, frame):
         result = copy.copy(storage)
@@ -172,25 +142,7 @@ else:
     from prefect.engine.result import SafeResult
     from prefect.engine.result_handlers import ResultHandler
 
-    class _Storage(ResultHandler):  # type: ignore[no-redef]
-        """The contract of Prefect's `ResultHandler`, in terms of `_fill`, `_load` and `_save`."""
-
-        def __init__(self, path, **kwargs):
-            super().__init__(**kwargs)
-            self.location = None if callable(path) else path
-            self._formatter = path if callable(path) else None
-
-        def read(self, loc=None, input_mapping=None):
-            return self._load(self._fill(input_mapping or {}) if loc is None else loc)
-
-        def write(self, result, input_mapping=None):
-            if self._puts_off:
-                self._is_wanted = True
-                return None
-            location = self._fill(input_mapping or {})
-            self._save(result, location)
-            return location
-
+    _Storage = ResultHandler
     _no_storage = type(None)
 
     def _stored(storage, location, frame):
@@ -476,18 +428,20 @@ def _remedy(file_type, frame, kinds):
     tries = []
     if file_type in ("csv", "excel", "html"):
         if "index" in kinds or (file_type == "excel" and len(header) > 1):
-            tries.append(f"write_kwargs={{'index': True}} and read_kwargs={{'index_col': {index}}}")
+            tries.append(
+                f"write_kwargs={{'index': True}} with read_kwargs={{'index_col': {index}}}"
+            )
         if len(header) > 1:
             tries.append(f"read_kwargs={{'header': {header}}}")
         if "dtype" in kinds and file_type != "html":
             dates = ", 'parse_dates': [...]" if has_dates and file_type == "csv" else ""
             tries.append(f"read_kwargs={{'dtype': {{...}}{dates}}}")
     elif file_type == "stata" and "index" in kinds:
-        tries.append("write_kwargs={'write_index': True} and read_kwargs={'index_col': ...}")
+        tries.append("write_kwargs={'write_index': True} with read_kwargs={'index_col': ...}")
     elif file_type == "json" and "dtype" in kinds:
         tries.append("read_kwargs={'dtype': {...}, 'convert_dates': [...]}")
-    tries.append(f"the file type {'pickle' if file_type in _KEEP_BY_TYPE else 'parquet'}")
-    return f"To keep it, try {', or '.join(tries)}."
+    other = f"the file type {'pickle' if file_type in _KEEP_BY_TYPE else 'parquet'}"
+    return f"To keep it, try {', or '.join(filter(None, (' with '.join(tries), other)))}."
 
 
 #: What was said in this process, once for each path and loss, or task.
@@ -626,7 +580,9 @@ def _remove_leftovers(folder):
 
 def _set_aside(path, storage_options):
     """Give a file that cannot be used another name, and return that; None if it is gone."""
-    aside = f"{path}.unreadable-{datetime.datetime.now():%Y%m%dT%H%M%S%f}"
+    folder, name = os.path.split(path)
+    name = f"{name[:200]}.unreadable-{datetime.datetime.now():%Y%m%dT%H%M%S%f}"
+    aside = os.path.join(folder, name)
     filesystem, path = _filesystem(path, storage_options)
     try:
         if filesystem is None:
@@ -743,7 +699,9 @@ class PandasResult(_Storage):
                 f"read_kwargs of the path {path!r} ask for a frame in parts, by chunksize or "
                 "iterator. A result is one frame: leave them out, or map over a path for each part."
             )
-        super().__init__(path, **kwargs)
+        super().__init__(**kwargs)
+        self.location: Any = None if callable(path) else path
+        self._formatter = path if callable(path) else None
         self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
@@ -783,6 +741,31 @@ class PandasResult(_Storage):
     def __getstate__(self):
         # What is in a file is read where it is needed: a place travels, not a frame.
         return vars(self) if self._place is None else dict(vars(self), _value=None)
+
+    # The contract of Prefect's `Result`, and of its `ResultHandler`.
+
+    def format(self, **kwargs: Any) -> "PandasResult":
+        """As Prefect's: a copy with the location for these fields."""
+        return _stored(self, self._fill(kwargs), self.value)
+
+    def exists(self, location: str, **kwargs: Any) -> bool:
+        """As Prefect's: whether the file is there."""
+        return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
+
+    def read(self, location: Optional[str] = None, input_mapping: Any = None) -> Any:
+        """As Prefect's; without a location, that for these fields."""
+        location = self._fill(input_mapping or {}) if location is None else location
+        frame = self._load(location)
+        return _stored(self, location, frame) if _HAS_LOCATIONS else frame
+
+    def write(self, value_: Any, input_mapping: Any = None, **kwargs: Any) -> Any:
+        """As Prefect's, to the location for these fields."""
+        if self._puts_off:
+            self._is_wanted = True
+            return self.from_value(value_) if _HAS_LOCATIONS else None
+        location = self._fill({**kwargs, **(input_mapping or {})})
+        self._save(value_, location)
+        return _stored(self, location, value_) if _HAS_LOCATIONS else location
 
     def _load_later(self, place):
         try:
@@ -2143,6 +2126,7 @@ class _Run:
                 self._progress.close(self._count)
                 for plan in self._plans.values():  # A call and its plan refer to each other.
                     plan.calls.clear()
+                    plan.common.clear()
 
     # -- what the flow runner asks for
 
@@ -2753,7 +2737,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 #: In each process once for all pieces of a flow run.
-_load_shared = functools.lru_cache(maxsize=4)(pickle.loads)
+_load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
 
 
 def _run_work(shared, work, *sources):
