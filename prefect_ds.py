@@ -1976,7 +1976,7 @@ class _Call:
                 outcome.cached_inputs = {}
                 if upstream_states is not None:
                     upstream_states.clear()
-                for each in copies:
+                for each in copies if not outcome.is_mapped() else ():  # Its children have them.
                     each._result = PurgedResult
         return outcome
 

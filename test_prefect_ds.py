@@ -95,9 +95,8 @@ except ImportError:  # below 0.13.1
     LocalRun = None
 
 #: Slow tests run on these releases only, unless they are asked for.
-IS_SLOW_ONE = prefect.__version__ in ("0.9.8", "0.13.19", "1.4.1") or bool(
-    os.environ.get("PREFECT_DS_SLOW")
-)
+IS_ASKED_FOR = bool(os.environ.get("PREFECT_DS_SLOW"))
+IS_SLOW_ONE = IS_ASKED_FOR or prefect.__version__ in ("0.9.8", "0.13.19", "1.4.1")
 
 #: The first seed of random tests.
 SEED = int(os.environ.get("PREFECT_DS_SEED", 0))
