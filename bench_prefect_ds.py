@@ -554,9 +554,9 @@ def draw(path, count, megabytes):
             label += f": {max(resident) / 1000:.2f} GB in {seconds[-1]:.1f} s"
             gigabytes = [each / 1000 for each in resident]
             axes.plot(seconds, gigabytes, "--" if way == "limit" else "-", color=color, label=label)
-        axes.set(title=executor, xlabel="seconds", xlim=(0, None), ylim=(0, None))
+        axes.set(title=executor, xlabel="seconds", xlim=(0, None))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
-    both[0].set_ylabel("resident memory above start, GB")
+    both[0].set(ylabel="resident memory above start, GB", ylim=(0, None))
     figure.suptitle(f"A map of {count} DataFrames of {megabytes} MB through four stages")
     figure.tight_layout()
     figure.savefig(path, transparent=True)

@@ -2435,7 +2435,8 @@ def _run_piece(context, piece):
 class _Progress:
     """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
 
-    SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 30, 1
+    #: The more there is to see, the longer a look takes: pause for so many times as long.
+    SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS, PAUSE_PER_LOOK = 30, 1, 50
 
     def __init__(self, logger):
         self._logger, self._bar, self._has_lines = logger, None, False
@@ -2447,9 +2448,8 @@ class _Progress:
         begin = time.monotonic()
         if begin >= self._next_look:
             self._show(count, begin >= self._next_line)
-            # The more there is to see, the longer a look takes.
-            took = time.monotonic() - begin
-            self._next_look = begin + max(self.SECONDS_BETWEEN_LOOKS, 50 * took)
+            pause = self.PAUSE_PER_LOOK * (time.monotonic() - begin)
+            self._next_look = begin + max(self.SECONDS_BETWEEN_LOOKS, pause)
 
     def close(self, count):
         """Say where they have ended, if anything was said before."""
