@@ -557,10 +557,15 @@ def _new_file(path, storage_options):
         for file in _files(partial):
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
+        earlier = os.path.join(hidden, "earlier")
         if os.path.isdir(partial) and os.path.isdir(path):
-            # A folder cannot take the place of another one.
-            os.replace(path, os.path.join(hidden, "earlier"))
-        os.replace(partial, path)
+            os.replace(path, earlier)  # A folder cannot take the place of another one.
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            if os.path.isdir(earlier):
+                os.replace(earlier, path)
+            raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -580,15 +585,15 @@ def _remove_leftovers(folder):
 
 def _set_aside(path, storage_options):
     """Give a file that cannot be used another name, and return that; None if it is gone."""
-    folder, name = os.path.split(path)
-    name = f"{name[:200]}.unreadable-{datetime.datetime.now():%Y%m%dT%H%M%S%f}"
-    aside = os.path.join(folder, name)
     filesystem, path = _filesystem(path, storage_options)
+    name = os.path.basename(path)
+    moment = f"{datetime.datetime.now():%Y%m%dT%H%M%S%f}"
+    aside = f"{path[: len(path) - len(name)]}{name[:200]}.unreadable-{moment}"
     try:
         if filesystem is None:
             os.replace(path, aside)
         else:
-            _on_file(filesystem, "cp", path, filesystem._strip_protocol(aside))
+            _on_file(filesystem, "cp", path, aside)
             _on_file(filesystem, "rm", path)
     except FileNotFoundError:
         return None
@@ -817,7 +822,7 @@ class PandasResult(_Storage):
         return frame
 
     def _save(self, frame, location):
-        """Write a frame. Return whether its file is known to give back exactly this frame.
+        """Write a frame. Return whether its file gives back this frame, as far as was looked.
 
         False means that something does not come back, of which there was a WARNING.
         """
@@ -953,7 +958,7 @@ class _Claim(NamedTuple):
     file: str  # the same for all paths that lead to it
     name: Optional[str]  # of the task run
     origin: str  # which task run of the flow it is
-    work: str  # the same for the same task with equal arguments
+    work: Tuple[str, str]  # One is the same for the same task with equal arguments.
 
 
 class _Marks(NamedTuple):
@@ -1070,6 +1075,7 @@ def _take(claim):
     """Take a file for a task run; raise if it belongs to another one of this flow run."""
     with _claims_lock:
         claims = _claims.setdefault(_flow_run(), {})
+        _claims.move_to_end(_flow_run())
         earlier = claims.setdefault(claim.file, claim)
         while len(_claims) > 100:  # Nobody tells when a flow run ends that is not ours.
             _claims.popitem(last=False)
@@ -1080,7 +1086,7 @@ def _take(claim):
 
 def _conflict(earlier, later):
     """What to say of two claims of one file, unless it is the same task with equal arguments."""
-    if earlier.origin == later.origin or earlier.work == later.work:
+    if earlier.origin == later.origin or set(earlier.work) & set(later.work):
         return None
     first, second = repr(earlier.name), repr(later.name)
     if first == second:
@@ -1171,6 +1177,8 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     if run.storage is None:
         return new_state
     try:
+        if run is not task_runner:
+            run.recomputes = run._is_recomputed()
         if old_state.is_pending() and new_state.is_running():
             result = run.find_checkpoint()
             if result is not None:
@@ -1430,7 +1438,10 @@ class DSTaskRunner(TaskRunner):
         (modified, size), frame = found, None
         file_type = _check_file_type(storage._file_type, place)
         try:
-            if size == 0 and file_type != "json":  # That of no lines is empty.
+            has_lines = (
+                _extension_of(place) in ("jsonl", "ndjson") or "lines" in storage.read_kwargs
+            )
+            if size == 0 and not has_lines:
                 raise EOFError("it is empty")
             self.own_file = (modified, place) if modified is not None else None
             if self._is_out_of_date():
@@ -1503,7 +1514,7 @@ class DSTaskRunner(TaskRunner):
             # What names a file is hardly ever a frame.
             is_stored = _location_of(result) is not None or _is_unread(result)
             arguments[name] = result.value if name in named or not is_stored else None
-        mapped = [edge.key for edge in self.upstream_states if edge.mapped]
+        mapped = [edge.key or "map_index" for edge in self.upstream_states if edge.mapped]
         location = self.storage._fill(arguments, mapped)
         self.place, name = _absolute(location), prefect.context.get("task_full_name")
         self.claim = _Claim(_real_path(self.place), name, self.origin, self._describe())
@@ -1515,16 +1526,16 @@ class DSTaskRunner(TaskRunner):
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def _describe(self):
-        """The same text for the same task with equal arguments."""
+        """Two texts, of which one is the same for the same task with equal arguments.
+
+        The first holds for all runs of one task, the second in one process for all copies of it.
+        """
         task, storage = self.task, self.storage
         own = {n: v for n, v in vars(task).items() if n not in _TASK_ATTRIBUTES}
-        words = {f"task {name}": _in_words(value) for name, value in own.items()}
-        words["task"] = f"{task.name} {type(task).__module__}.{type(task).__qualname__}"
         kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
-        words["storage"] = pprint.saferepr(kwargs)
-        words.update((name, _in_words(value)) for name, value in self._defaults().items())
-        if self.inputs is None:
-            words["inputs"] = self.origin
+        parts = [task.name, type(task).__module__, type(task).__qualname__, pprint.saferepr(kwargs)]
+        parts += [(n, _in_words(v)) for n, v in sorted({**self._defaults(), **own}.items())]
+        words = {"": self.origin} if self.inputs is None else {}
         for edge, upstream_state in self.upstream_states.items():
             if edge.key in (self.inputs or {}):
                 result = self.inputs[edge.key]
@@ -1536,7 +1547,9 @@ class DSTaskRunner(TaskRunner):
                 else:
                     is_listed = isinstance(result, _Listed)
                     words[edge.key] = origin if is_listed else _in_words(result.value, origin)
-        return uuid.uuid5(uuid.NAMESPACE_OID, repr(sorted(words.items()))).hex
+        arguments = repr(sorted(words.items()))
+        texts = (f"{self._slug} {arguments}", f"{parts} {arguments}")
+        return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
 
     # -- what stands in the way
 
@@ -2638,9 +2651,10 @@ class _OnCluster(_InThreads):
         for piece, future, whole in told:
             if isinstance(future, concurrent.futures.Future):
                 yield piece, future.result()
-            elif future.status != "finished":
-                future.result()  # raises
-            elif whole is None and future.type is not tuple:  # Its type comes with the news of it.
+                continue
+            if future.status != "finished":
+                future.result()  # It raises, or what was lost with a worker is there again.
+            if whole is None and future.type is not tuple:  # Its type comes with the news of it.
                 self._tell(piece, self._send(_without_what_is_large, future), whole=future)
             else:
                 there.append((piece, future, whole))
