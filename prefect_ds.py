@@ -2791,6 +2791,7 @@ def _run_without_merging(function, args, kwargs):
         return function(*args, **dict(kwargs, context=context))
     finally:
         prefect.context["config"] = own
+        context.pop("task_loop_result", None)  # The traceback of a signal would hold it.
 
 
 # The names of the original prefect_ds: its modules are this one, under whatever name this file was
