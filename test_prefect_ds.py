@@ -94,9 +94,9 @@ try:
 except ImportError:  # below 0.13.1
     LocalRun = None
 
-#: Slow tests run on these releases only, unless they are asked for.
-IS_ASKED_FOR = bool(os.environ.get("PREFECT_DS_SLOW"))
-IS_SLOW_ONE = IS_ASKED_FOR or prefect.__version__ in ("0.9.8", "0.13.19", "1.4.1")
+#: Slow tests run on these releases, with the packages of their day, unless they are asked for.
+IS_SLOW_ONE = prefect.__version__ in ("0.9.8", "0.13.19", "1.4.1") and sys.version_info < (3, 11)
+IS_SLOW_ONE = IS_SLOW_ONE or bool(os.environ.get("PREFECT_DS_SLOW"))
 
 #: The first seed of random tests.
 SEED = int(os.environ.get("PREFECT_DS_SEED", 0))
