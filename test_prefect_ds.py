@@ -46,7 +46,7 @@ import pendulum
 import prefect
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from prefect import Flow, Parameter, Task, task, triggers, unmapped
@@ -3209,7 +3209,6 @@ def _rounds(plan, flow_runner_cls, executor, handlers):
         for i, name in plan.given.items()
         if i < len(tasks) and (name != "Mapped" or tasks[i] in mapped)
     }
-    # Prefect itself replaces the children of a Mapped state.
     owned = [s for given_state in given.values() for s in _children(given_state) or [given_state]]
     run = {
         "executor": executor,
@@ -3430,6 +3429,7 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request, tmp_path, 
     @settings(
         max_examples=max(1, _EXAMPLES // share // 2), deadline=None, print_blob=True,
         derandomize="PREFECT_DS_EXAMPLES" not in os.environ,
+        phases=[Phase.generate, Phase.shrink],  # To explain, it would hold what it has seen.
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     # What one process puts into Prefect's cache, another one does not see.
