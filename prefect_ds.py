@@ -1371,7 +1371,7 @@ class DSTaskRunner(TaskRunner):
 
     def check_target(self, state, inputs):
         """As Prefect's, if the task is not recomputed; a `PandasResult` as `checkpoint_handler`."""
-        if state.is_cached() and _marks_of(state).is_found and not self.recomputes:
+        if state.is_cached() and _marks_of(state).origin and not self.recomputes:
             return state  # An earlier round has found it, and let go of what fills the target.
         if self.storage is None and not self.recomputes:
             new_state = super().check_target(state, inputs=inputs)
@@ -1945,8 +1945,17 @@ class _Call:
             return _same, (self.value,)
         return _Call, tuple(getattr(self, name) for name in self._SENT)
 
+    @property
+    def upstream_states(self):
+        """Those among its arguments, None of a helper; below 0.12, a child's third argument."""
+        third = self.args[2] if len(self.args) == 3 else None
+        return self.kwargs.get("upstream_states", third)
+
     def end(self, value):
         """Note what it came to, and forget what only a waiting call needs."""
+        if self.index >= 0 and self.upstream_states:
+            # Prefect has them, too, and so has the traceback of each error until the run is over.
+            self.upstream_states.clear()
         self.value, self.is_done, self.has_begun = value, True, True
         self.function = self.args = self.kwargs = self.context = self.extra_context = None
         self.given = self.needs = self.dependents = self.reads = None
@@ -1982,7 +1991,10 @@ class _Call:
             outcome = _run_without_merging(self.function, args, kwargs)
         if isinstance(outcome, State):
             for error in _errors_behind(outcome._result):
-                traceback.clear_frames(error.__traceback__)
+                if outcome.is_failed():
+                    traceback.clear_frames(error.__traceback__)
+                else:  # a signal, or what a task is retried after, which Prefect has logged
+                    error.__traceback__ = None
             if _has_read_for_good(outcome):
                 # Up to Prefect 0.11 every state holds its inputs, in case that it is retried. The
                 # calls in the traceback of an error have those that were handed to them.
@@ -2197,6 +2209,8 @@ class _Run:
         found = self._place.resolve(futures)
         for edge, state in found.items() if isinstance(found, dict) else ():
             if isinstance(edge, Edge) and edge.mapped and isinstance(state, State):
+                if isinstance(state._result, PandasResult):
+                    state._result._is_open = False  # so that what is read now stays at hand
                 with _reading(True):  # Prefect maps over what it finds, and takes its items.
                     state.result  # noqa: B018
         return found

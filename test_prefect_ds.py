@@ -3168,6 +3168,8 @@ def _play(step, name="play"):
         options.update(stored(path))
     elif options.get("frames") == "target":
         options.update(target=path, result=PandasResult())
+        if options.get("trigger") is _look_at_results:  # What is found needs no input any more.
+            del options["trigger"]
     return _Play(step.scripts, name=name, **options)
 
 
@@ -3237,7 +3239,8 @@ def _rounds(plan, flow_runner_cls, executor, handlers):
             return
         if issubclass(flow_runner_cls, (DSFlowRunner, OnDSExecutor)) and PURGES_ON_DASK:
             assert not _read_in_vain(flow)
-        if flow_runner_cls is DSFlowRunner and isinstance(executor, LocalExecutor):
+        is_whole = final.is_finished() or plan.entry != "return_tasks"
+        if flow_runner_cls is DSFlowRunner and isinstance(executor, LocalExecutor) and is_whole:
             assert not _held_in_vain(flow, final)
         yield _outcome(flow, final, owned)
         run["task_states"] = {}
@@ -3289,6 +3292,9 @@ def _held_in_vain(flow, final):
     }
     states = [s for t, s in final.result.items() if t in counts or not final.is_finished()]
     results = [s.result for s in _with_children(states)]
+    for each in _with_children(final.result.values()):  # Below 0.12, they hold what they read.
+        if not each.is_finished() or each.is_cached():
+            results += [result.value for result in (each.cached_inputs or {}).values()]
     if any(ref() is not None for ref in _made):
         gc.collect()  # What an error or a signal is in a cycle with is another matter.
     has_failed = any(s.is_failed() for s in _with_children(final.result.values()))
