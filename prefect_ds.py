@@ -36,7 +36,6 @@ import itertools
 import os
 import pathlib
 import pickle
-import posixpath
 import pprint
 import queue
 import re
@@ -50,7 +49,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections import ChainMap, OrderedDict, deque
+from collections import ChainMap, deque
 from contextlib import contextmanager, nullcontext, suppress
 from decimal import Decimal
 from enum import Enum
@@ -1035,35 +1034,24 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
 
-#: The claims of each flow run that is, or was lately, under way in this process, by file.
-_claims: "OrderedDict[tuple, Dict[str, _Claim]]" = OrderedDict()
-
 _claims_lock = threading.Lock()
 
 
-def _in_words(value, origin=None):
+def _is_plain(value):
+    items = list(value.items()) if type(value) is dict else value
+    if type(items) in (list, tuple):
+        return len(items) <= 1000 and all(map(_is_plain, items))
+    return isinstance(value, _PLAIN)
+
+
+def _in_words(value, origin):
     """The same text for equal plain values, in any process; of anything else, where it is from."""
-
-    def is_plain(value):
-        if type(value) in (list, tuple):
-            return len(value) <= 1000 and all(map(is_plain, value))
-        if type(value) is dict:
-            return len(value) <= 1000 and all(map(is_plain, itertools.chain(*value.items())))
-        return isinstance(value, _PLAIN)
-
-    return (
-        pprint.saferepr(value)
-        if is_plain(value)
-        else (origin or f"{id(value)} in process {os.getpid()}")
-    )
+    return pprint.saferepr(value) if _is_plain(value) else origin
 
 
 def _real_path(path):
     """The same string for all paths that lead to one file."""
-    if _is_url(path):
-        scheme, _, path = path.partition("://")
-        return f"{scheme.lower()}://{posixpath.normpath(path.lstrip('/'))}"
-    return os.path.normcase(os.path.realpath(path))
+    return path if _is_url(path) else os.path.normcase(os.path.realpath(path))
 
 
 def _flow_run():
@@ -1071,15 +1059,16 @@ def _flow_run():
     return tuple(str(prefect.context.get(name)) for name in names)
 
 
+@functools.lru_cache(maxsize=100)  # Nobody tells when a flow run ends that is not ours.
+def _claims_of(flow_run) -> Dict[str, _Claim]:
+    """The claims of a flow run in this process, by file."""
+    return {}
+
+
 def _take(claim):
     """Take a file for a task run; raise if it belongs to another one of this flow run."""
     with _claims_lock:
-        claims = _claims.setdefault(_flow_run(), {})
-        _claims.move_to_end(_flow_run())
-        earlier = claims.setdefault(claim.file, claim)
-        while len(_claims) > 100:  # Nobody tells when a flow run ends that is not ours.
-            _claims.popitem(last=False)
-    message = _conflict(earlier, claim)
+        message = _conflict(_claims_of(_flow_run()).setdefault(claim.file, claim), claim)
     if message:
         raise ValueError(f"{message} Nothing was read or written.")
 
@@ -1211,51 +1200,40 @@ _RECOMPUTE = "recompute"
 #: Among the names of tasks in `recompute`: all whose files are older than those before them.
 _OUT_OF_DATE = "out-of-date"
 
-#: In the context of a flow run: its name, and slugs of the tasks that are computed again.
+#: In the context of a flow run: the slugs of the tasks that are computed again.
 _RECOMPUTED = "_prefect_ds_recomputed"
 
 
-def _recompute_patterns():
+def _note_recomputed(flow):
+    """Note in the context of a flow run which tasks `recompute` means."""
     patterns = prefect.context.get(_RECOMPUTE) or ()
     if isinstance(patterns, str):
-        patterns = list(map(str.strip, patterns.split(",")))
+        patterns = list(filter(None, map(str.strip, patterns.split(","))))
     if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
             f"recompute={patterns!r} names no tasks. It takes their names, separated by commas or "
             "in a list, as in recompute='load+'; '*' is the whole flow."
         )
-    return [pattern for pattern in patterns if pattern]
-
-
-def _matches(pattern, task):
-    name = pattern[:-1] if pattern.endswith("+") else pattern
-    wildcard = ".*".join(map(re.escape, name.split("*")))
-    return pattern == task.name or re.fullmatch(wildcard, task.name, re.DOTALL) is not None
-
-
-def _note_recomputed(flow, logger):
-    """Note in the context of a flow run which tasks `recompute` means."""
-    patterns = _recompute_patterns()
-    found: set = set()
+    found = set()
     for pattern in patterns:
-        matching = {task for task in flow.tasks if _matches(pattern, task)}
-        if not matching and pattern != _OUT_OF_DATE:
+        tasks = {task for task in flow.tasks if task.name == pattern}
+        if not tasks:
+            name = pattern[:-1] if pattern.endswith("+") else pattern
+            wildcard = ".*".join(map(re.escape, name.split("*")))
+            tasks = {task for task in flow.tasks if re.fullmatch(wildcard, task.name, re.DOTALL)}
+            for task in flow.sorted_tasks() if pattern.endswith("+") else ():
+                if any(edge.upstream_task in tasks for edge in flow.edges_to(task)):
+                    tasks.add(task)
+        # A flow within a task has tasks of its own.
+        is_inner = getattr(_in_thread, "reads", None) is not None
+        if not tasks and pattern != _OUT_OF_DATE and not is_inner:
             names = ", ".join(sorted({task.name for task in flow.tasks}))
-            message = f"recompute={pattern!r} matches no task of this flow. It has: {names}."
-            # It may be meant for another flow: around this one, or run by the same environment.
-            in_environment = prefect.config.get("context", {}).get(_RECOMPUTE)
-            is_inner = getattr(_in_thread, "reads", None) is not None
-            if not is_inner and prefect.context.get(_RECOMPUTE) != in_environment:
-                raise ValueError(message)
-            logger.warning(message)
-        spread = {task for task in matching if pattern.endswith("+") and pattern != task.name}
-        for task in flow.sorted_tasks() if spread else ():
-            if any(edge.upstream_task in spread for edge in flow.edges_to(task)):
-                spread.add(task)
-        found |= matching | spread
+            raise ValueError(f"recompute={pattern!r} matches no task of the flow. It has: {names}.")
+        found |= tasks
     if patterns:
         slugs = getattr(flow, "slugs", None) or {task: task.slug for task in flow.tasks}
-        prefect.context[_RECOMPUTED] = flow.name, {slugs[task] for task in found}
+        of_no_task = {_OUT_OF_DATE}.intersection(patterns)
+        prefect.context[_RECOMPUTED] = of_no_task.union(slugs[task] for task in found)
 
 
 # How a task is run ---------------------------------------------------------------------------
@@ -1329,11 +1307,10 @@ class DSTaskRunner(TaskRunner):
         if state is not given:
             newest = run.own_file or run.newest_input
             state._prefect_ds = _Marks(run.origin, run.claim, run.is_found, newest)
+        for error in _errors_behind(run.failure) if outer is not None else ():
+            error.__traceback__ = None  # Prefect has logged it, and the state of it is gone.
         if outer is not None and run.inputs is not None and _has_read_for_good(state):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
-        if outer is not None:
-            for error in _errors_behind(run.failure):
-                error.__traceback__ = None  # Prefect has logged it, and the state of it is gone.
         return state
 
     @property
@@ -1400,10 +1377,8 @@ class DSTaskRunner(TaskRunner):
                 # In no variable, which the traceback of an error would hold.
                 deque((result.value for result in inputs.values()), maxlen=0)
             except Exception as exc:
-                name = prefect.context.get("task_full_name")
-                message = f"Task '{name}' cannot run: {exc}"
-                self.logger.error(message)
-                return self.handle_state_change(state, Failed(message, result=exc))
+                message = f"Task '{prefect.context.get('task_full_name')}' cannot run: {exc}"
+                return self.handle_state_change(state, self.failed(exc, message))
         return super().get_task_run_state(state, inputs=inputs, **kwargs)
 
     def handle_state_change(self, old_state, new_state):
@@ -1480,12 +1455,13 @@ class DSTaskRunner(TaskRunner):
         lives_there = gives_it_back and self.reads_later and _KEEP not in self.task.tags
         success.result = self._stored(frame, lives_there)
 
-    def failed(self, exc):
-        """The state of a task run whose checkpoint could not be found or written."""
+    def failed(self, exc, message=None):
+        """The state of a task run that cannot go on, by default for what is wrong with its file."""
         if prefect.context.get("raise_on_exception"):
             raise exc
-        name = prefect.context.get("task_full_name")
-        message = f"Task '{name}', path {self.storage.path}: {type(exc).__name__}: {exc}"
+        if message is None:
+            name = prefect.context.get("task_full_name")
+            message = f"Task '{name}', path {self.storage.path}: {type(exc).__name__}: {exc}"
         self.logger.error(message)
         return Failed(message, result=exc)
 
@@ -1534,7 +1510,8 @@ class DSTaskRunner(TaskRunner):
         own = {n: v for n, v in vars(task).items() if n not in _TASK_ATTRIBUTES}
         kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
         parts = [task.name, type(task).__module__, type(task).__qualname__, pprint.saferepr(kwargs)]
-        parts += [(n, _in_words(v)) for n, v in sorted({**self._defaults(), **own}.items())]
+        for name, value in sorted({**self._defaults(), **own}.items()):
+            parts.append((name, _in_words(value, f"{id(value)} in process {os.getpid()}")))
         words = {"": self.origin} if self.inputs is None else {}
         for edge, upstream_state in self.upstream_states.items():
             if edge.key in (self.inputs or {}):
@@ -1554,25 +1531,20 @@ class DSTaskRunner(TaskRunner):
     # -- what stands in the way
 
     def _is_recomputed(self):
-        patterns = _recompute_patterns()
-        flow_name, slugs = prefect.context.get(_RECOMPUTED, (None, ()))
-        if not patterns or (flow_name and flow_name == prefect.context.get("flow_name")):
-            return bool(patterns) and self._slug in slugs
-        if any(
-            p.endswith("+") and _matches(p, self.task) and p != self.task.name for p in patterns
-        ):
+        recomputed = prefect.context.get(_RECOMPUTED)
+        if prefect.context.get(_RECOMPUTE) and recomputed is None:
             raise ValueError(
-                f"recompute={patterns!r} means tasks downstream, too, which this flow runner does "
-                "not know: run the flow with runner_cls=DSFlowRunner, or DSExecutor."
+                f"recompute={prefect.context[_RECOMPUTE]!r} is for flows that are run with "
+                "runner_cls=DSFlowRunner, or by DSExecutor: only these know all tasks."
             )
-        return any(_matches(pattern, self.task) for pattern in patterns)
+        return self._slug in (recomputed or ())
 
     def _is_out_of_date(self):
         """Whether to run a task since its file is older than one that it was made from."""
         newest, own = self.newest_input, self.own_file
         if newest is None or own is None or newest[0] <= own[0]:
             return False
-        if _OUT_OF_DATE in _recompute_patterns():
+        if _OUT_OF_DATE in prefect.context.get(_RECOMPUTED, ()):
             self.recomputes = True
         elif not _is_said(_flow_run(), self._slug):
             self.storage._log(
@@ -1598,8 +1570,7 @@ class DSTaskRunner(TaskRunner):
             "again (leave its state out of task_states), give it a checkpoint, or keep its result "
             f"with the tag {_KEEP!r}."
         )
-        self.logger.error(message)
-        raise ENDRUN(self.handle_state_change(state, Failed(message, result=ValueError(message))))
+        raise ENDRUN(self.handle_state_change(state, self.failed(ValueError(message), message)))
 
     def _is_lost(self, edge, upstream_state):
         """Whether a backend knows of a result, but neither its value nor where it is.
@@ -1698,12 +1669,12 @@ class DSFlowRunner(FlowRunner):
         defaults = {p.name: p.default for p in self.flow.parameters() if not p.required}
         given = dict(prefect.context.get("parameters") or {})
         prefect.context["parameters"] = {**defaults, **given}
-        _note_recomputed(self.flow, self.logger)
-        run = (
-            None if isinstance(executor, DSExecutor) else _new_run(self.flow, executor, self.logger)
-        )
+        if isinstance(executor, DSExecutor):  # It does the rest, too.
+            return super().get_flow_run_state(state, executor=executor, **kwargs)
+        _note_recomputed(self.flow)
+        run = _new_run(self.flow, executor, self.logger)
         state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
-        if not state.is_finished() or isinstance(executor, DSExecutor):
+        if not state.is_finished():
             return state
         message = run.conflict if run else _settle_claims(_with_children(state.result))
         if message:
@@ -1784,7 +1755,7 @@ class DSExecutor(Executor):
             )
         thread = threading.get_ident()
         outer = self._under_way.get(thread)
-        _note_recomputed(self.flow, self.logger)
+        _note_recomputed(self.flow)
         run = _new_run(self.flow, self.executor, self.logger)
         self._under_way[thread] = run or self.executor
         try:
@@ -1850,23 +1821,30 @@ def _drop(state, is_kept=False):
         state._result = PurgedResult
 
 
-def _is_small(value):
-    if isinstance(value, (list, tuple, str, bytes)) and len(value) > 1000:
-        return False
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(item, (int, float, type(None))) for item in value)
-    return isinstance(value, (int, float, str, bytes, type(None)))
-
-
 def _is_large(outcome):
     """Whether an outcome holds, here or on the cluster, what is not certain to be small."""
     if isinstance(outcome, State):
-        is_whole = outcome.is_successful() and not outcome.is_mapped()
+        if isinstance(outcome._result, _Elsewhere):
+            return True
         # What is in a file and not at hand has the value None.
-        return is_whole and (
-            isinstance(outcome._result, _Elsewhere) or not _is_small(outcome.result)
-        )
-    return not _is_small(outcome)
+        outcome = outcome.result if outcome.is_successful() and not outcome.is_mapped() else None
+    items = outcome if isinstance(outcome, (list, tuple)) else [outcome]
+    return len(items) > 1000 or not all(
+        isinstance(item, (int, float, type(None)))
+        or (isinstance(item, (str, bytes)) and len(item) <= 1000)
+        for item in items
+    )
+
+
+def _errors_behind(result):
+    """The error in a result, and those that led to it, but none of whoever runs the flow."""
+    ahead, seen = [getattr(result, "value", None)], {id(sys.exc_info()[1])}
+    while ahead:
+        error = ahead.pop()
+        if isinstance(error, BaseException) and id(error) not in seen:
+            seen.add(id(error))
+            yield error
+            ahead += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
 class _Plan:
@@ -1887,7 +1865,6 @@ class _Plan:
         self.maps: bool = False
         self.calls: List[_Call] = []  # the run of the task itself, then those of its children
         self.reading: int = 0  # how many of them may still read
-        self.common: dict = {}  # keyword arguments that they share
 
 
 class _Call:
@@ -1897,36 +1874,15 @@ class _Call:
     a call that is done simply is its state.
     """
 
-    #: What is called, and what a piece of work needs to know of it. `common` are keyword arguments
-    #: that it shares with others, `context` is what its context does not share with theirs, `reads`
-    #: are calls of its own piece; `claims` tells by how many edges, and by whom, it will be read.
-    _SENT: tuple = (
-        "function",
-        "args",
-        "common",
-        "kwargs",
-        "context",
-        "claims",
-        "is_kept",
-        "given",
-        "reads",
-    )
+    #: What a piece of work needs to know: what is called, `context` without what all calls share,
+    #: by how many edges it will be read, the state that it was `given` by the caller, and which
+    #: calls of its own piece it `reads`.
+    _SENT = ("function", "args", "kwargs", "context", "claims", "is_kept", "given", "reads")
     #: What the flow runner's process knows. `index` is -1 for the task itself. `needs` are the
     #: calls that it cannot begin without, the first one last: `size` in all, of which some are
     #: still `missing`; `dependents` cannot begin without it. `value` is what it came to.
-    _HERE: tuple = (
-        "plan",
-        "index",
-        "number",
-        "extra_context",
-        "needs",
-        "size",
-        "missing",
-        "dependents",
-    )
-    _HERE += ("is_wanted", "has_begun", "is_done", "is_callers", "value")
-    __slots__ = (*_SENT, *_HERE)
-    common: dict
+    _HERE = ("plan", "index", "number", "extra_context", "needs", "size", "missing", "dependents")
+    __slots__ = (*_SENT, *_HERE, "is_wanted", "has_begun", "is_done", "is_callers", "value")
     args: Any
     kwargs: Any
     needs: Any
@@ -1945,25 +1901,18 @@ class _Call:
             return _same, (self.value,)
         return _Call, tuple(getattr(self, name) for name in self._SENT)
 
-    @property
-    def upstream_states(self):
-        """Those among its arguments, None of a helper; below 0.12, a child's third argument."""
-        third = self.args[2] if len(self.args) == 3 else None
-        return self.kwargs.get("upstream_states", third)
-
     def end(self, value):
         """Note what it came to, and forget what only a waiting call needs."""
-        if self.index >= 0 and self.upstream_states:
+        if self.index >= 0:
             # Prefect has them, too, and so has the traceback of each error until the run is over.
-            self.upstream_states.clear()
+            (_upstream_states(self.args, self.kwargs) or {}).clear()
         self.value, self.is_done, self.has_begun = value, True, True
         self.function = self.args = self.kwargs = self.context = self.extra_context = None
         self.given = self.needs = self.dependents = self.reads = None
 
     def run(self, context, outcomes):
         """Run it, after those calls whose `outcomes` are there."""
-
-        copies = []
+        reduced = []
 
         def state_of(upstream):
             if isinstance(upstream, _Call):
@@ -1971,22 +1920,19 @@ class _Call:
             if isinstance(upstream, Mapped):
                 # A task that reduces a map hangs all results into the state that it is handed.
                 upstream = copy.copy(upstream)
-                copies.append(upstream)
+                reduced.append(upstream)
             return upstream
 
-        kwargs = {**self.common, **self.kwargs}
         with _reading(False):
-            args = [_replace(arg, (_Call, Mapped), state_of) for arg in self.args]
-            for key in _UPSTREAM_KEYWORDS:
-                if key in kwargs:
-                    kwargs[key] = _replace(kwargs[key], (_Call, Mapped), state_of)
-        # Below 0.12, those of a child are its third argument.
-        upstream_states = kwargs.get("upstream_states", args[2] if len(args) == 3 else None)
+            args = _replace(self.args, (_Call, Mapped), state_of)
+            states = {k: self.kwargs[k] for k in _UPSTREAM_KEYWORDS if k in self.kwargs}
+            kwargs = {**self.kwargs, **_replace(states, (_Call, Mapped), state_of)}
+        upstream_states = _upstream_states(args, kwargs)
         if self.context is not None:
             kwargs["context"] = {**context, **self.context}
         # Prefect's helpers flatten: they look into what they get. Task runners that are not ours
         # read nothing later.
-        is_ours = _is_class(kwargs.get("task_runner_cls", DSTaskRunner), DSTaskRunner)
+        is_ours = _is_class(self.kwargs.get("task_runner_cls", DSTaskRunner), DSTaskRunner)
         with _reading(True if upstream_states is None else False if is_ours else None):
             outcome = _run_without_merging(self.function, args, kwargs)
         if isinstance(outcome, State):
@@ -2001,13 +1947,18 @@ class _Call:
                 outcome.cached_inputs = {}
                 if upstream_states is not None:
                     upstream_states.clear()
-                for each in copies if not outcome.is_mapped() else ():  # Its children have them.
+                for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
                     each._result = PurgedResult
         return outcome
 
 
 #: The arguments of a task run in which calls stand for states.
 _UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
+
+
+def _upstream_states(args, kwargs):
+    """Those of a task run, None of a helper; below Prefect 0.12, a child's third argument."""
+    return kwargs.get("upstream_states", args[2] if len(args) == 3 else None)
 
 
 def _same(value):
@@ -2021,28 +1972,15 @@ def _replace(futures, kinds, replacement):
     if isinstance(futures, dict):
         return {key: _replace(future, kinds, replacement) for key, future in futures.items()}
     if isinstance(futures, (list, tuple, set)):
-        return type(futures)(_replace(future, kinds, replacement) for future in futures)
+        return type(futures)([_replace(future, kinds, replacement) for future in futures])
     return futures
 
 
 def _all_in(futures, kind):
     """All things of a kind in nested dicts and lists."""
-    if isinstance(futures, kind):
-        yield futures
-    elif isinstance(futures, (dict, list, tuple, set)):
-        for future in futures.values() if isinstance(futures, dict) else futures:
-            yield from _all_in(future, kind)
-
-
-def _errors_behind(result):
-    """The error in a result, and those that led to it, but none of whoever runs the flow."""
-    ahead, seen = [getattr(result, "value", None)], {id(sys.exc_info()[1])}
-    while ahead:
-        error = ahead.pop()
-        if isinstance(error, BaseException) and id(error) not in seen:
-            seen.add(id(error))
-            yield error
-            ahead += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+    found: list = []
+    _replace(futures, kind, found.append)
+    return found
 
 
 # What runs next ------------------------------------------------------------------------------
@@ -2148,18 +2086,16 @@ class _Run:
                 yield
                 self._close()
             finally:
-                self._progress.close(self._count)
+                self._progress.close()
                 for plan in self._plans.values():  # A call and its plan refer to each other.
                     plan.calls.clear()
-                    plan.common.clear()
 
     # -- what the flow runner asks for
 
-    def submit(self, fn, *args, extra_context=None, **kwargs):
+    def submit(self, fn, *args, extra_context=None, context=None, **kwargs):
         is_child = self._current is not None  # submitted by a task run, below Prefect 0.12
         plan: Any = self._current.plan if self._current else self._plans.get(kwargs.get("task"))
         given = kwargs.get("state", args[0] if args and plan else None)
-        context, common = kwargs.pop("context", None), {}  # type: Any, dict
         if plan is not None and not is_child:
             self._pass_until(plan)
             self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
@@ -2167,19 +2103,18 @@ class _Run:
                 kwargs["state"] = copy.copy(given)  # Prefect writes its children into it.
                 if _marks_of(given).is_for_next_round:
                     given.result = None  # What the children hold.
-            common = plan.common
-            if not plan.calls:
-                common.update({k: v for k, v in kwargs.items() if k not in _OWN_KEYWORDS})
-        own = given if self._is_callers(given) else None
-        kwargs = _difference(kwargs, common)
         if context is not None:
-            context = _difference(context, self._context)
-        call = self._new_call(plan, fn, args, common, kwargs, context, own)
+            shared = self._context.get
+            context = {k: v for k, v in context.items() if v is None or shared(k) is not v}
+        own = given if self._is_callers(given) else None
+        call = self._new_call(plan, fn, args, kwargs, context, own)
         call.extra_context, call.number = extra_context, next(self._numbers)
-        self._connect(call, self._needed(args, {**common, **kwargs}))
-        for edge in plan.reads if plan and call.index >= 0 else ():
-            for item in self._items(edge, call.index):
-                item.claims += 1
+        self._connect(call, self._needed(args, kwargs))
+        if plan is not None and call.index >= 0:
+            self._progress.total += 1
+            for edge in plan.reads:
+                for item in self._items(edge, call.index):
+                    item.claims += 1
         if is_child:
             self._order.want([call])
         elif plan is not None and plan.is_awaited and call.index == -1:
@@ -2235,9 +2170,9 @@ class _Run:
             calls += self._incomplete.pop().calls
         return calls
 
-    def _new_call(self, plan, function, args, common, kwargs, context, given=None):
+    def _new_call(self, plan, function, args, kwargs, context, given):
         claims, is_kept = (plan.readers, plan.is_kept) if plan else (0, True)
-        call = _Call(function, args, common, kwargs, context, claims, is_kept, given, ())
+        call = _Call(function, args, kwargs, context, claims, is_kept, given, ())
         if plan is not None:
             call.plan, call.index = plan, len(plan.calls) - 1
             plan.calls.append(call)
@@ -2252,7 +2187,7 @@ class _Run:
                 plan = self._plans.get(getattr(edge, "upstream_task", None))
                 if plan is not None and not plan.calls and isinstance(upstream, State):
                     for state in (upstream, *getattr(upstream, "map_states", ())):
-                        done = self._new_call(plan, None, (), {}, {}, None)
+                        done = self._new_call(plan, None, (), {}, None, None)
                         done.end(state)
                         done.is_callers = self._is_callers(state)
                         if not done.is_callers and isinstance(state._result, PandasResult):
@@ -2328,6 +2263,11 @@ class _Run:
         (https://docs.dask.org/en/stable/optimize.html): what one of them returns is handed to the
         next and dropped, and never leaves the place where they run.
         """
+
+        def resources(call):
+            tags = (call.extra_context or {}).get("task_tags") or ()
+            return {tag for tag in tags if tag.lower().startswith("dask-resource")}
+
         first, met = piece[0], {}  # type: _Call, Dict[_Call, int]
         for call in piece:
             is_end = first.index < 0 and (len(call.dependents) != 1 or call.claims != 1)
@@ -2338,21 +2278,16 @@ class _Run:
                 return
             for other in call.dependents:
                 met[other] = met.get(other, 0) + 1
-                is_ready = (
-                    met[other] == other.missing and other.is_wanted and other.plan is not None
-                )
-                if (
-                    is_ready
-                    and other.index == first.index
-                    and not isinstance(other.plan.task, _RESTARTED)
-                    and _resources(other) == _resources(first)
-                ):
+                if met[other] < other.missing or not other.is_wanted or other.plan is None:
+                    continue
+                is_alike = other.index == first.index and resources(other) == resources(first)
+                if is_alike and not isinstance(other.plan.task, _RESTARTED):
                     other.has_begun = True
                     piece.append(other)
 
     def _finish(self, call, outcome):
         plan, reads = call.plan, list(self._reads(call))
-        children = list(_all_in(getattr(outcome, "map_states", ()), _Call))  # below Prefect 0.12
+        children = _all_in(getattr(outcome, "map_states", ()), _Call)  # below Prefect 0.12
         for other in call.dependents:
             other.missing -= 1
             edges = other.plan.edges if children and other.plan else ()
@@ -2372,7 +2307,8 @@ class _Run:
                     _drop(upstream.value, is_kept=True)  # It can be read again, if it has a file.
             self._settle(plan)
             self._release(call, 0)
-        self._progress.tell(self._count)
+            if call.index >= 0:
+                self._progress.tell(outcome)
 
     def _settle(self, plan):
         """Give back the claims of a mapped task's edges through which nothing more is read."""
@@ -2410,32 +2346,11 @@ class _Run:
                     call.value._prefect_ds = marks._replace(is_for_next_round=not is_finished)
         if is_finished:
             self.conflict = _settle_claims([*self._given_ends, *(call.value for call in calls)])
-            _claims.pop(_flow_run(), None)
+            _claims_of(_flow_run()).clear()
         for call in calls:
             _list_children(call.value)
             if isinstance(call.value._result, PandasResult):
                 call.value._result._is_open = True
-
-    def _count(self):
-        """How many mapped task runs there are, how many are done, found, and failed."""
-        children = [call for call in self._calls() if call.index >= 0]
-        done = [call.value for call in children if call.is_done and call.value.is_finished()]
-        found = sum(_marks_of(state).is_found for state in done)
-        return len(children), len(done), found, sum(state.is_failed() for state in done)
-
-
-#: The arguments that no two calls have in common.
-_OWN_KEYWORDS = {"state", "is_mapped_parent", *_UPSTREAM_KEYWORDS}
-
-
-def _difference(new, common):
-    return {k: v for k, v in new.items() if k not in common or common[k] is not v}
-
-
-def _resources(call):
-    """The tags by which a task asks for a place on the cluster."""
-    tags = (call.extra_context or {}).get("task_tags") or ()
-    return {tag for tag in tags if tag.lower().startswith("dask-resource")}
 
 
 def _run_piece(context, piece):
@@ -2456,47 +2371,63 @@ def _run_piece(context, piece):
     return [outcomes[call] for call in piece]
 
 
-# How far it is -------------------------------------------------------------------------------
+def _run_without_merging(function, args, kwargs):
+    """Run a call without what Prefect spends most of its time on: merging its configuration.
+
+    `prefect.context(...)` merges the configuration that it is handed into the one that is there,
+    key by key, several times per task run. Put in place, it can be left out.
+    """
+    context = dict(kwargs.get("context") or {})
+    if "config" not in context:
+        return function(*args, **kwargs)
+    own, config = prefect.context.get("config"), context.pop("config")
+    if _CONTEXT_CONFIGURES:
+        context.setdefault("checkpointing", config["flows"]["checkpointing"])
+    prefect.context["config"] = config
+    try:
+        return function(*args, **dict(kwargs, context=context))
+    finally:
+        prefect.context["config"] = own
+        context.pop("task_loop_result", None)  # The traceback of a signal would hold it.
 
 
 class _Progress:
     """How far the mapped tasks of a flow are: a line in the log, and on a terminal a bar."""
 
-    #: The more there is to see, the longer a look takes: pause for so many times as long.
-    SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS, PAUSE_PER_LOOK = 30, 1, 50
+    SECONDS_BETWEEN_LINES, SECONDS_BEFORE_BAR = 30, 1
 
     def __init__(self, logger):
-        self._logger, self._bar, self._has_lines = logger, None, False
-        self._next_look = time.monotonic() + self.SECONDS_BETWEEN_LOOKS
-        self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
+        self._logger, self._bar, self._begin = logger, None, time.monotonic()
+        self._next_line, self._has_lines = self._begin + self.SECONDS_BETWEEN_LINES, False
+        self.total = self.done = self.found = self.failed = 0
 
-    def tell(self, count):
-        """If it is time to, look how far they are, and say so."""
-        begin = time.monotonic()
-        if begin >= self._next_look:
-            self._show(count, begin >= self._next_line)
-            pause = self.PAUSE_PER_LOOK * (time.monotonic() - begin)
-            self._next_look = begin + max(self.SECONDS_BETWEEN_LOOKS, pause)
+    def tell(self, state):
+        """Count a child's state, and say so if it is time to."""
+        self.done += state.is_finished()
+        self.found += _marks_of(state).is_found
+        self.failed += state.is_failed()
+        now = time.monotonic()
+        if self._bar is None and tqdm is not None and now >= self._begin + self.SECONDS_BEFORE_BAR:
+            is_terminal = sys.stderr is not None and sys.stderr.isatty()
+            self._bar = tqdm(desc="mapped task runs", unit="", disable=not is_terminal)
+        if self._bar is not None and not self._bar.disable:
+            self._bar.total = self.total
+            self._bar.set_postfix(found=self.found, failed=self.failed, refresh=False)
+            self._bar.update(self.done - self._bar.n)
+        if now >= self._next_line:
+            self._next_line, self._has_lines = now + self.SECONDS_BETWEEN_LINES, True
+            self._log()
 
-    def close(self, count):
+    def close(self):
         """Say where they have ended, if anything was said before."""
-        if self._bar is not None or self._has_lines:
-            self._show(count, self._has_lines)
+        if self._has_lines:
+            self._log()
         if self._bar is not None:
             self._bar.close()
 
-    def _show(self, count, is_line_due):
-        total, done, found, failed = count()
-        if self._bar is None and total and tqdm is not None and sys.stderr and sys.stderr.isatty():
-            self._bar = tqdm(desc="mapped task runs", unit="")
-        if self._bar is not None:
-            self._bar.total, self._bar.n = total, done
-            self._bar.set_postfix(found=found, failed=failed)
-        if is_line_due and total:
-            self._has_lines = True
-            self._next_line = time.monotonic() + self.SECONDS_BETWEEN_LINES
-            text = "Mapped task runs: %d of %d done, %d found, %d failed"
-            self._logger.info(text, done, total, found, failed)
+    def _log(self):
+        text = "Mapped task runs: %d of %d done, %d found, %d failed"
+        self._logger.info(text, self.done, self.total, self.found, self.failed)
 
 
 # Where calls run: here, in pools, on Dask ----------------------------------------------------
@@ -2505,25 +2436,25 @@ class _Progress:
 
 def _new_run(flow, executor, logger):
     """What puts the flow's calls in order; None on an executor that is to do so itself."""
-    if isinstance(executor, LocalExecutor):
-        base, place, passed_over = LocalExecutor, _Here, ["map"]
-    elif isinstance(executor, DaskExecutor):
-        base, place, passed_over = DaskExecutor, _OnCluster, ["map"]
-    elif isinstance(executor, LocalDaskExecutor):
-        base, place, passed_over = LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]
-        if executor.scheduler.startswith(("sync", "single")):
-            place = _Here
-        elif executor.scheduler in ("processes", "multiprocessing"):
-            place = _InProcesses
-    else:
-        base, place, passed_over = Executor, None, []
-    kind = type(executor)
-    own = [name for name in passed_over if getattr(kind, name, 0) is not getattr(base, name, 0)]
+    place: Any = None
+    own: Any = ()
+    for base, kind, passed_over in [
+        (LocalExecutor, _Here, ["map"]),
+        (DaskExecutor, _OnCluster, ["map"]),
+        (LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]),
+    ]:
+        if isinstance(executor, base):
+            place, of = kind, functools.partial(getattr, type(executor))
+            own = [name for name in passed_over if of(name, 0) is not getattr(base, name, 0)]
     if place is None or own:
         reason = f"has a {' and a '.join(own)} of its own" if own else "is not known to prefect_ds"
         text = "%s %s. So the flow runs as without prefect_ds, and all results are kept."
-        logger.warning(text, kind.__name__, reason)
+        logger.warning(text, type(executor).__name__, reason)
         return None
+    if place is _InThreads and executor.scheduler.startswith(("sync", "single")):
+        place, executor = _Here, LocalExecutor()  # It would keep all results, too.
+    elif place is _InThreads and executor.scheduler in ("processes", "multiprocessing"):
+        place = _InProcesses
     # Below 0.12, tasks submit their own children, from wherever they run.
     is_possible = place is _Here or _FLOW_RUNNER_MAPS
     return _Run(flow, executor, place(executor), logger) if is_possible else None
@@ -2535,8 +2466,7 @@ class _Here:
     width = 1  # how many pieces may be under way
 
     def __init__(self, executor):
-        # `LocalDaskExecutor` itself would keep every result until it is left.
-        self._executor = executor if isinstance(executor, LocalExecutor) else LocalExecutor()
+        self._executor = executor
         self._done: Any = queue.Queue()
 
     @contextmanager
@@ -2561,17 +2491,14 @@ class _InThreads(_Here):
     """Calls run in threads, as many as `LocalDaskExecutor` asks for."""
 
     _new_pool: Any = concurrent.futures.ThreadPoolExecutor
-
-    def __init__(self, executor):
-        super().__init__(executor)
-        self._executor = executor
+    _parcel: Any = None
 
     @contextmanager
     def start(self, context, tasks):
         import dask.config
         from dask.system import CPU_COUNT
 
-        self._context, self._parcel = context, _Parcel(context, tasks)
+        self._context, self._tasks = context, tasks
         self.width = dask.config.get("num_workers", None) or CPU_COUNT
         self._pool: Any = getattr(self._executor, "_pool", None)
         if isinstance(self._pool, concurrent.futures.Executor):
@@ -2581,9 +2508,10 @@ class _InThreads(_Here):
                 yield
 
     def submit(self, piece):
+        future: Any
         if piece[0].kwargs.get("is_mapped_parent"):
             # All that comes of it is "Mapped": not worth to send what its children will read.
-            future: Any = concurrent.futures.Future()
+            future = concurrent.futures.Future()
             future.set_result(_run_piece(self._context, piece))
         else:
             future = self._begin(piece)
@@ -2591,6 +2519,11 @@ class _InThreads(_Here):
 
     def _begin(self, piece):
         return self._pool.submit(_run_piece, self._context, piece)
+
+    def _dumps(self, piece):
+        if self._parcel is None:
+            self._parcel = _Parcel(self._context, self._tasks)
+        return self._parcel.dumps(piece)
 
     def _tell(self, piece, future, whole=None):
         future.add_done_callback(lambda done: self._done.put((piece, done, whole)))
@@ -2611,8 +2544,8 @@ class _InProcesses(_InThreads):
         return concurrent.futures.ProcessPoolExecutor(width, get_context())
 
     def _begin(self, piece):
-        work, _ = self._parcel.dumps(piece)
-        return self._pool.submit(_run_pickled, self._parcel.pickled, work)
+        work, _ = self._dumps(piece)
+        return self._pool.submit(_run_pickled, self._parcel.shared, work)
 
     def finished(self):
         for piece, outcomes in super().finished():
@@ -2626,20 +2559,21 @@ class _OnCluster(_InThreads):
     results stay on the cluster until they are wanted.
     """
 
+    _shared: Any = None
+
     @contextmanager
     def start(self, context, tasks):
-        self._context, self._parcel, self._shared = context, _Parcel(context, tasks), None
-        self._turns = itertools.count(1)
+        self._context, self._tasks, self._turns = context, tasks, itertools.count(1)
         # More wait on the cluster than it has threads for, for workers that join. Not all: a map
         # of a million would lie in the memory of its scheduler.
         self.width = max(1000, 4 * sum(self._executor.client.nthreads().values()))
         yield
 
     def _begin(self, piece):
-        work, sources = self._parcel.dumps(piece)
+        work, sources = self._dumps(piece)
         if self._shared is None:
             # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
-            self._shared = self._send(_same, self._parcel.pickled)
+            self._shared = self._send(_same, self._parcel.shared)
             self._executor.client.replicate([self._shared])
         # What goes on with results that are there comes before what makes new ones.
         turn = next(self._turns)
@@ -2674,11 +2608,9 @@ class _OnCluster(_InThreads):
                 there.append((piece, future, whole))
         answers = self._executor.wait([future for _, future, _ in there]) if there else []
         for (piece, _, whole), outcomes in zip(there, answers):
-            if whole is not None:
-                for position, (outcome, is_large) in enumerate(outcomes):
-                    if is_large:
-                        outcome._result = _Elsewhere(whole, position)
-                outcomes = [outcome for outcome, _ in outcomes]
+            for position, outcome in enumerate(outcomes) if whole is not None else ():
+                if isinstance(outcome, State) and isinstance(outcome._result, _Elsewhere):
+                    outcome._result = _Elsewhere(whole, position)
             yield piece, outcomes
 
     def resolve(self, futures):
@@ -2696,41 +2628,32 @@ class _OnCluster(_InThreads):
 
 
 class _Elsewhere(Result):
-    """Stands, on the client, for a result that stays on the cluster."""
+    """Stands for a result that stays on the cluster."""
 
-    def __init__(self, future, position):
+    def __init__(self, future=None, position=0):
         super().__init__(None)
         self.future, self.position = future, position
 
 
 def _without_what_is_large(outcomes):
-    """The outcomes of a piece without what stays where it is, and whether that is so."""
-    digest = []
+    """The outcomes of a piece without what stays where it is."""
+    outcomes = [copy.copy(outcome) for outcome in outcomes]
     for outcome in outcomes:
-        is_large = _is_large(outcome)
-        if is_large and isinstance(outcome, State):
-            outcome = copy.copy(outcome)
-            outcome._result = PurgedResult
-        digest.append((outcome, is_large))
-    return digest
+        if isinstance(outcome, State) and _is_large(outcome):
+            outcome._result = _Elsewhere()
+    return outcomes
 
 
 # How it gets there ---------------------------------------------------------------------------
 
 
 class _Parcel:
-    """Pickles pieces of work: what all calls share once, to which they only refer by its number."""
+    """Pickles pieces of work, which refer by a number to what all have in common."""
 
     def __init__(self, context, tasks):
-        self._things = [context, *tasks]
-        self._numbers = {id(thing): number for number, thing in enumerate(self._things)}
-        self._pickled: Optional[bytes] = None
-
-    @property
-    def pickled(self):
-        if self._pickled is None:
-            self._pickled = cloudpickle.dumps(self._things)
-        return self._pickled
+        common = [context, *tasks]
+        self.shared: bytes = cloudpickle.dumps(common)
+        self._numbers = {id(thing): number for number, thing in enumerate(common)}
 
     def dumps(self, piece):
         """The pickle of a piece, and the futures of other pieces' results that it needs."""
@@ -2753,15 +2676,15 @@ class _Pickler(cloudpickle.CloudPickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, things, sources):
+    def __init__(self, file, common, sources):
         super().__init__(file)
-        self._things, self._sources = things, sources
+        self._common, self._sources = common, sources
 
     def persistent_load(self, found):
         if isinstance(found, tuple):
             number, position = found
             return self._sources[number][position]._result
-        return self._things[found]
+        return self._common[found]
 
 
 #: In each process once for all pieces of a flow run.
@@ -2769,9 +2692,9 @@ _load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
 
 
 def _run_work(shared, work, *sources):
-    things = _load_shared(shared)
+    common = _load_shared(shared)
     with io.BytesIO(work) as file:
-        return _run_piece(things[0], _Unpickler(file, things, sources).load())
+        return _run_piece(common[0], _Unpickler(file, common, sources).load())
 
 
 def _run_pickled(shared, work):
@@ -2783,29 +2706,6 @@ def _run_on_worker(shared, work, *sources):
     for outcome in outcomes:
         _drop(outcome, is_kept=True)
     return outcomes if any(map(_is_large, outcomes)) else tuple(outcomes)  # which comes at once
-
-
-# What Prefect's context costs ----------------------------------------------------------------
-
-
-def _run_without_merging(function, args, kwargs):
-    """Run a call without what Prefect spends most of its time on: merging its configuration.
-
-    `prefect.context(...)` merges the configuration that it is handed into the one that is there,
-    key by key, several times per task run. Put in place, it can be left out.
-    """
-    context = dict(kwargs.get("context") or {})
-    if "config" not in context:
-        return function(*args, **kwargs)
-    own, config = prefect.context.get("config"), context.pop("config")
-    if _CONTEXT_CONFIGURES:
-        context.setdefault("checkpointing", config["flows"]["checkpointing"])
-    prefect.context["config"] = config
-    try:
-        return function(*args, **dict(kwargs, context=context))
-    finally:
-        prefect.context["config"] = own
-        context.pop("task_loop_result", None)  # The traceback of a signal would hold it.
 
 
 # The names of the original prefect_ds: its modules are this one, under whatever name this file was

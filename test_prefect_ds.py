@@ -359,8 +359,8 @@ def _printed_by(call):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    for name in ("SECONDS_BETWEEN_LINES", "SECONDS_BETWEEN_LOOKS", "PAUSE_PER_LOOK"):
-        monkeypatch.setattr(prefect_ds._Progress, name, 0, raising=False)
+    for name in ("SECONDS_BETWEEN_LINES", "SECONDS_BEFORE_BAR"):
+        monkeypatch.setattr(prefect_ds._Progress, name, 0)
 
 
 def note(line, file="noted"):
@@ -1373,7 +1373,7 @@ def test_an_error_that_is_not_of_the_file_leaves_it_where_it_is(run_by, monkeypa
             told = f"{state.result[made].message} {state.result[last].message}"
             assert str(error.args[-1]) in told and "Task '" in told
             assert files() == ["data.csv"] and Path("data.csv").read_bytes() == content
-            state = run_by(flow, context={"recompute": "make"})
+            state = run(flow, context={"recompute": "make"})
             assert str(error) in str(failed(state, made))
             assert "data.csv" in state.result[made].message
             assert Path("data.csv").read_bytes() == content
@@ -1523,14 +1523,14 @@ def test_a_file_belongs_to_one_task_run_as_long_as_its_flow_runs():
 def test_flow_runs_do_not_take_files_from_each_other():
     inner, *_, calls = flow_of("other.csv", value=Parameter("id", default=0))
 
-    def run_inner(id, run_by=run, **context):
+    def run_inner(id, **context):
         context["recompute"] = "make"
-        assert run_by(inner, parameters={"id": id}, context=context).is_successful()
+        assert run(inner, parameters={"id": id}, context=context).is_successful()
 
     def run_several():
         for id in (1, 2):
             run_inner(id)
-            run_inner(id, run_by_prefects)
+            run_inner(id)
             run_inner(id, scheduled_start_time=pendulum.datetime(2020, 2, 3))
 
     run_several()
@@ -1705,7 +1705,8 @@ def chain_of_files(calls):
     "recompute, computed",
     [
         ("first", {"first"}),
-        ("first+", {"first", "mapped", "first+"}),
+        ("first+", {"first+"}),
+        ("f*st+", {"first", "mapped"}),
         ("between+", {"mapped"}),
         ("*", {"first", "mapped", "other", "first+", "a, b", "[x]"}),
         ("other, mapped, [x]", {"mapped", "other", "[x]"}),
@@ -1729,16 +1730,11 @@ def test_recomputes_for_one_run(recompute, computed, executor):
         assert len(calls) == len(expected) + ("mapped" in expected)
 
 
-def test_the_flow_runner_of_prefect_does_not_know_what_is_downstream():
+def test_the_flow_runner_of_prefect_does_not_know_what_to_recompute():
     calls = []
-    flow = chain_of_files(calls)
-    run(flow)
-    del calls[:]
-    assert run_by_prefects(flow, context={"recompute": "first, o*"}).is_successful()
-    assert sorted(name for name, *_ in calls) == ["first", "other"]
-    state = run_by_prefects(flow, context={"recompute": "first+"})
+    state = run_by_prefects(chain_of_files(calls), context={"recompute": "first"})
     (message,) = [s.message for t, s in state.result.items() if t.name == "first"]
-    assert state.is_failed() and "DSFlowRunner" in message and calls[2:] == [("first+", "int", 2)]
+    assert state.is_failed() and "DSFlowRunner" in message and not calls
 
 
 def test_what_was_cached_before_is_forgotten_when_it_is_recomputed():
@@ -1763,12 +1759,11 @@ def test_what_was_cached_before_is_forgotten_when_it_is_recomputed():
     assert len(numbers) == 4
 
 
-def test_a_pattern_that_is_inherited_need_not_match(log):
+def test_a_pattern_that_is_inherited_need_not_match():
     inner, *_ = flow_of("inside.csv", name="inside")
     with Flow("outer") as outer:
         result = task(lambda: run(inner).is_successful(), name="outside")()
     assert run(outer, context={"recompute": "outside"}).result[result].result is True
-    assert "recompute='outside' matches no task" in log(logging.WARNING)
 
 
 def test_recomputing_what_is_no_task_is_refused():
@@ -3442,8 +3437,7 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request, tmp_path, 
     # What one process puts into Prefect's cache, another one does not see.
     @given(plan=_plans(pausing, caching=name != "processes"))
     def compare(plan):
-        runs_ahead = pausing and name in ("threads", "processes")
-        if is_dask and (runs_ahead or not is_comparable) and plan.entry == "return_tasks":
+        if is_dask and plan.entry == "return_tasks":  # Dask leaves out what nobody asks for.
             plan = plan._replace(entry="FlowRunner")
         folder = tempfile.mkdtemp(dir=str(tmp_path))
         theirs, ours, again = (os.path.join(folder, each) for each in ("theirs", "ours", "again"))
