@@ -127,7 +127,6 @@ if hasattr(prefect.tasks.core, "resource_manager"):
 
 if _HAS_LOCATIONS:
     _Storage: Any = Result
-    _no_storage: Any = Result
 
     def _stored(storage, location, frame):
         result = copy.copy(storage)
@@ -142,7 +141,6 @@ else:
     from prefect.engine.result_handlers import ResultHandler
 
     _Storage = ResultHandler
-    _no_storage = type(None)
 
     def _stored(storage, location, frame):
         result = Result(frame, result_handler=storage)
@@ -677,8 +675,7 @@ class PandasResult(_Storage):
     _place: Optional[str] = None  # where the value can be read again; None: only in memory
     _is_open: bool = False  # The flow run is over: anybody who asks reads, and nothing is kept.
     _owner: Optional[str] = None  # the full name of the task run whose result it is
-    _puts_off: bool = False  # It is of a `DSTaskRunner`, which writes when the task run ends,
-    _is_wanted: bool = False  # if Prefect has asked for that.
+    _puts_off: bool = False  # It is of a `DSTaskRunner`, which writes when the task run ends.
 
     def __init__(
         self,
@@ -759,14 +756,17 @@ class PandasResult(_Storage):
     def read(self, location: Optional[str] = None, input_mapping: Any = None) -> Any:
         """As Prefect's; without a location, that for these fields."""
         location = self._fill(input_mapping or {}) if location is None else location
+        if getattr(_in_thread, "reads", None) is False:  # under a backend: it is handed on
+            result = _stored(self, location, None)
+            result._place = _absolute(location)
+            return result
         frame = self._load(location)
         return _stored(self, location, frame) if _HAS_LOCATIONS else frame
 
     def write(self, value_: Any, input_mapping: Any = None, **kwargs: Any) -> Any:
         """As Prefect's, to the location for these fields."""
         if self._puts_off:
-            self._is_wanted = True
-            return self.from_value(value_) if _HAS_LOCATIONS else None
+            return self.from_value(value_)
         location = self._fill({**kwargs, **(input_mapping or {})})
         self._save(value_, location)
         return _stored(self, location, value_) if _HAS_LOCATIONS else location
@@ -919,11 +919,7 @@ with suppress(ImportError):  # From 0.11 to 0.13 `result_handler=` is converted 
 
 
 class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
-    """The type of `PurgedResult`, which stands for a result that was dropped.
-
-    A state's `result` is then None, and `state._result is PurgedResult`; it stays the same object
-    in a pickle. A task that would read it fails, and says so.
-    """
+    """The type of `PurgedResult`: a task that would read it fails, and says so."""
 
     def __eq__(self, other):
         # Where Prefect asks whether there is a result, there is none.
@@ -944,7 +940,8 @@ class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
     from_value = staticmethod(Result)
 
 
-#: What a purged state has as its `_result`; the state's `result` is None. There is only this one.
+#: What a state has as its `_result` when its result was dropped; its `result` is None then. There
+#: is only this one, also in a pickle.
 PurgedResult = _PurgedResultType()
 
 #: A task with this tag keeps its result until the flow has ended.
@@ -1127,17 +1124,14 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     task_runner : prefect.engine.TaskRunner
         A `DSTaskRunner`, if the path has fields.
     old_state, new_state : prefect.engine.state.State
-        On Pending to Running the file is looked for. If it is there, the task's state becomes
-        Success; with `DSFlowRunner` and `DSExecutor`, from Prefect 0.12 on, it is read when a task
-        that runs, or the user through `state.result`, asks for the frame, and otherwise at once.
-        If it is empty or cannot be read, there is a warning, the task runs, and the old file is
-        kept beside, with ".unreadable-" and the time behind its name. On Running to Success the
-        file is written.
+        On Pending to Running the file is looked for, on Running to Success it is written. A file
+        that is empty or cannot be read is kept beside, with ".unreadable-" and the time behind its
+        name; there is a warning, and the task runs.
 
     Returns
     -------
     prefect.engine.state.State
-        `new_state`; Success with what was found; or Failed, with the exception as its result, if
+        `new_state`; Success, if the file was found; or Failed, with the exception as its result, if
         the path cannot be filled or belongs to another task run, the value is not a DataFrame, or
         the file cannot be written or not be read back.
 
@@ -1176,8 +1170,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
             run.write_checkpoint(new_state)
     except Exception as exc:
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
-        tell = getattr(task_runner, "tell_handlers", task_runner.call_runner_target_handlers)
-        return tell(new_state, run.failed(exc))
+        return TaskRunner.call_runner_target_handlers(task_runner, new_state, run.failed(exc))
     return new_state
 
 
@@ -1244,16 +1237,8 @@ class DSTaskRunner(TaskRunner):
 
     This holds for plain and for mapped tasks, for constants, and for defaults of the signature.
     It also reads what a task that runs needs from files, and a task that needs a result that was
-    purged fails. It stores nothing by itself: that is for `checkpoint_handler`.
-
-    `recompute` in `prefect.context` makes tasks run though their file is there, for one run: names
-    of tasks, with `*` for any characters, separated by commas or in a list; `out-of-date` are those
-    whose files are older than files that they were made from. With `DSFlowRunner` and `DSExecutor`,
-    which refuse names that match no task, a `+` behind a name means all tasks downstream as well,
-    unless a task is named so: `flow.run(context={"recompute": "load+"})`, or
-    `PREFECT__CONTEXT__RECOMPUTE="load+"` in the environment.
-
-    Parameters are those of Prefect's `TaskRunner`.
+    purged fails. It stores nothing by itself: that is for `checkpoint_handler`. Its parameters are
+    those of Prefect's `TaskRunner`.
 
     Examples
     --------
@@ -1279,28 +1264,25 @@ class DSTaskRunner(TaskRunner):
     own_file: Optional[Tuple[float, str]] = None
 
     def __init__(self, task, *args, **kwargs):
-        for storage in (getattr(task, _STORAGE), *args, *kwargs.values()):
-            if _is_class(storage, PandasResult):
-                raise TypeError(
-                    f"The task {task.name!r} or its flow has the class {storage.__name__} as its "
-                    f"storage, not an instance of it, as in {storage.__name__}('data_{{id}}.csv')."
-                )
+        given = (getattr(task, _STORAGE), *args, *kwargs.values())
+        if any(_is_class(storage, PandasResult) for storage in given):
+            raise TypeError(
+                f"The task {task.name!r} or its flow has the class PandasResult as its storage, "
+                "not an instance of it, as in PandasResult('data_{id}.csv')."
+            )
         super().__init__(task, *args, **kwargs)
         storage = getattr(self, _STORAGE)
-        self.storage = _storage_of(self.task, storage)
-        if self.storage is not None:
+        if isinstance(storage, PandasResult):
             # Prefect puts the task's target into it, and other tasks may have the same one.
-            self.storage = copy.copy(storage)
-        elif isinstance(storage, PandasResult):
-            setattr(self, _STORAGE, _no_storage())
+            storage = copy.copy(storage)
+            storage._puts_off = True
+            setattr(self, _STORAGE, storage if _HAS_LOCATIONS else None)
+            self.storage = _storage_of(task, storage)
 
     @functools.wraps(TaskRunner.run)  # Prefect makes loops by an attribute of this function.
     def run(self, *args, **kwargs):
         given = kwargs.get("state", args[0] if args else None)
         run = copy.copy(self)
-        if run.storage is not None:
-            setattr(run, _STORAGE, copy.copy(run.storage))
-            getattr(run, _STORAGE)._puts_off = True
         with _reading(True) as outer:
             run.reads_later = _FLOW_RUNNER_MAPS and outer is False
             state = super(DSTaskRunner, run).run(*args, **kwargs)
@@ -1391,14 +1373,13 @@ class DSTaskRunner(TaskRunner):
         """As Prefect's; moreover, write what Prefect wants written, once the task has ended."""
         if new_state.is_retrying():
             self.failure = old_state._result
-        storage = getattr(self, _STORAGE)
-        if old_state.is_running() and getattr(storage, "_is_wanted", False):
-            storage._is_wanted = False
-            if new_state.is_successful():
-                try:
-                    self.write_checkpoint(new_state)
-                except Exception as exc:
-                    new_state = self.failed(exc)
+        is_wanted = self.storage is not None and prefect.context.get("checkpointing") is True
+        has_run = old_state.is_running() and new_state.is_successful()
+        if is_wanted and has_run and new_state.result is not None:
+            try:
+                self.write_checkpoint(new_state)
+            except Exception as exc:
+                new_state = self.failed(exc)
         return super().call_runner_target_handlers(old_state, new_state)
 
     # -- checkpoints
@@ -1468,7 +1449,7 @@ class DSTaskRunner(TaskRunner):
     def _stored(self, frame, lives_there):
         result = _stored(self.storage, self.location, frame)
         if isinstance(result, PandasResult):
-            result._owner = prefect.context.get("task_full_name")
+            result._puts_off, result._owner = False, prefect.context.get("task_full_name")
             result._place = self.place if lives_there else None
         return result
 
@@ -1590,9 +1571,6 @@ class DSTaskRunner(TaskRunner):
 class _BeforeReport(TaskRunner):
     """Looks for the checkpoint when a task's handlers have acted: what it finds is reported."""
 
-    #: Of a checkpoint that fails only they hear: the backend does when this returns.
-    tell_handlers = TaskRunner.call_runner_target_handlers
-
     def call_runner_target_handlers(self, old_state, new_state):
         new_state = super().call_runner_target_handlers(old_state, new_state)
         return checkpoint_handler(self, old_state, new_state)
@@ -1603,20 +1581,11 @@ class DSCloudTaskRunner(DSTaskRunner, CloudTaskRunner, _BeforeReport):
 
     def load_results(self, state, upstream_states):
         """As Prefect's, but what is in our files is read when somebody asks for it."""
-        others = {}
-        for edge, upstream_state in upstream_states.items():
-            storage = edge.upstream_task.result or self.flow_result
-            if isinstance(storage, PandasResult):
-                for _, seen in _states_seen({edge: upstream_state}):
-                    location = getattr(seen._result, "location", None)
-                    if location is not None and not isinstance(seen._result, PandasResult):
-                        seen._result = _stored(storage, location, None)
-                        seen._result._place = _absolute(location)
-                _list_children(upstream_state)
-            elif _is_read(edge):
-                others[edge] = upstream_state
-        state, loaded = super().load_results(state=state, upstream_states=others)
-        return state, {**upstream_states, **loaded}
+        with _reading(False):
+            state, upstream_states = super().load_results(state, upstream_states)
+        for upstream_state in upstream_states.values():
+            _list_children(upstream_state)
+        return state, upstream_states
 
 
 # How a flow is run ---------------------------------------------------------------------------
@@ -1631,11 +1600,17 @@ class DSFlowRunner(FlowRunner):
 
     Kept are the results that no other task reads, those of reference tasks, of tasks with the tag
     "prefect-ds:keep" or with `cache_for`, and whatever a task run that is not finished (Retrying,
-    Paused, ...), or has `cache_for`, will read again. Of all others, those that are in a file are
-    read from there when somebody asks for them, and the rest is replaced by `PurgedResult`. States
-    that the caller passes in, or a state handler returns, are never changed, except those of an
-    earlier round that has not finished: this one uses them up. A flow run is Failed if a file
-    belongs to two task runs, or if `recompute` names no task.
+    Paused, ...) will read again. Of all others, those that are in a file are read from there when
+    somebody asks for them, and the rest is replaced by `PurgedResult`. States that the caller
+    passes in are never changed, except those of an earlier round that has not finished.
+
+    `recompute` in `prefect.context` makes tasks run though their file is there, for one run: names
+    of tasks, with `*` for any characters and `+` behind for all tasks downstream as well, separated
+    by commas or in a list; `out-of-date` are those whose files are older than files that they were
+    made from. So `flow.run(context={"recompute": "load+"}, runner_cls=DSFlowRunner)`, or
+    `PREFECT__CONTEXT__RECOMPUTE="load+"` in the environment.
+
+    A flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
 
     Parameters
     ----------
@@ -1693,8 +1668,8 @@ class DSExecutor(Executor):
 
     So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
     by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
-    each result is dropped as soon as its last reader has finished. Needs Prefect 0.12, and under
-    a backend 0.12.1.
+    each result is dropped as soon as its last reader has finished. A task runner class of your own
+    is left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
 
     Parameters
     ----------
@@ -1713,11 +1688,6 @@ class DSExecutor(Executor):
     ValueError
         In a flow run, which Prefect reports as Failed: if the flow has another task, if a file
         belongs to two task runs, or if `recompute` names no task.
-
-    Notes
-    -----
-    `TaskRunner` and Prefect's `CloudTaskRunner` are replaced. A task runner class of your own is
-    left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
 
     Examples
     --------
@@ -1934,7 +1904,8 @@ class _Call:
         # read nothing later.
         is_ours = _is_class(self.kwargs.get("task_runner_cls", DSTaskRunner), DSTaskRunner)
         with _reading(True if upstream_states is None else False if is_ours else None):
-            outcome = _run_without_merging(self.function, args, kwargs)
+            outcome = self.function(*args, **kwargs)
+        kwargs.get("context", {}).pop("task_loop_result", None)  # A signal's traceback has it.
         if isinstance(outcome, State):
             for error in _errors_behind(outcome._result):
                 if outcome.is_failed():
@@ -2360,35 +2331,25 @@ def _run_piece(context, piece):
     """
     outcomes: Dict[_Call, Any] = {}
     claims = {call: call.claims for call in piece}
-    for call in piece:
-        outcomes[call] = call.run(context, outcomes)
-        is_read = call.reads if _has_read_for_good(outcomes[call]) else ()
-        for other in is_read:
-            claims[other] -= 1
-        for other in (*is_read, call):
-            if claims[other] <= 0 and (other.given is None or outcomes[other] is not other.given):
-                _drop(outcomes[other], other.is_kept)
-    return [outcomes[call] for call in piece]
-
-
-def _run_without_merging(function, args, kwargs):
-    """Run a call without what Prefect spends most of its time on: merging its configuration.
-
-    `prefect.context(...)` merges the configuration that it is handed into the one that is there,
-    key by key, several times per task run. Put in place, it can be left out.
-    """
-    context = dict(kwargs.get("context") or {})
-    if "config" not in context:
-        return function(*args, **kwargs)
-    own, config = prefect.context.get("config"), context.pop("config")
+    # `prefect.context(...)` merges the configuration that it is handed into the one that is there,
+    # key by key, several times per task run: most of Prefect's time. Put in place, it is left out.
+    context, own = dict(context), prefect.context.get("config")
+    prefect.context["config"] = config = context.pop("config")
     if _CONTEXT_CONFIGURES:
         context.setdefault("checkpointing", config["flows"]["checkpointing"])
-    prefect.context["config"] = config
     try:
-        return function(*args, **dict(kwargs, context=context))
+        for call in piece:
+            outcomes[call] = call.run(context, outcomes)
+            is_read = call.reads if _has_read_for_good(outcomes[call]) else ()
+            for other in is_read:
+                claims[other] -= 1
+            for other in (*is_read, call):
+                is_given = other.given is not None and outcomes[other] is other.given
+                if claims[other] <= 0 and not is_given:
+                    _drop(outcomes[other], other.is_kept)
     finally:
         prefect.context["config"] = own
-        context.pop("task_loop_result", None)  # The traceback of a signal would hold it.
+    return [outcomes[call] for call in piece]
 
 
 class _Progress:
@@ -2577,12 +2538,8 @@ class _OnCluster(_InThreads):
             self._executor.client.replicate([self._shared])
         # What goes on with results that are there comes before what makes new ones.
         turn = next(self._turns)
-        contexts = [call.extra_context or {} for call in piece]
-        names = filter(None, (each.get("task_name") for each in contexts))
-        extra_context = dict(contexts[0], task_name="-".join(names)) if piece[1:] else contexts[0]
-        priority = turn if sources else -turn
-        arguments = (_run_on_worker, self._shared, work, *sources)
-        return self._send(*arguments, extra_context=extra_context, priority=priority)
+        options = {"priority": turn if sources else -turn, "extra_context": piece[0].extra_context}
+        return self._send(_run_on_worker, self._shared, work, *sources, **options)
 
     def _send(self, function, *args, extra_context=None, **kwargs):
         if not _KEEPS_ON_CLUSTER:
