@@ -1091,9 +1091,8 @@ def _settle_claims(states):
     neither task run was refused, or None.
     """
     by_file: Dict[str, list] = {}
-    for state in states:
-        if _marks_of(state).claim is not None:
-            by_file.setdefault(_marks_of(state).claim.file, []).append(state)
+    for state in filter(lambda state: _marks_of(state).claim, states):
+        by_file.setdefault(_marks_of(state).claim.file, []).append(state)
     messages = []
     for file, claimed in by_file.items():
         first, *others = (_marks_of(state).claim for state in claimed)
@@ -1148,9 +1147,8 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     """
     if not isinstance(task_runner, TaskRunner):
         raise TypeError(
-            "checkpoint_handler is a state handler for task runners, not for a task or a flow: "
-            "take it out of their state_handlers, and run the flow with "
-            "flow.run(task_runner_state_handlers=[checkpoint_handler])."
+            "checkpoint_handler is a state handler for task runners, not for a task or a flow: run "
+            "the flow with flow.run(task_runner_state_handlers=[checkpoint_handler])."
         )
     run = task_runner
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
@@ -1463,8 +1461,7 @@ class DSTaskRunner(TaskRunner):
         if self.inputs is None and (named or is_function):
             raise TypeError(
                 f"The path {path!r} is filled from the task's arguments, which only DSTaskRunner "
-                "makes available: run the flow with task_runner_cls=DSTaskRunner, or with "
-                "runner_cls=DSFlowRunner, which includes it."
+                "knows: run the flow with runner_cls=DSFlowRunner, which includes it."
             )
         arguments = self._defaults()
         for name, result in (self.inputs or {}).items():
@@ -1669,7 +1666,7 @@ class DSExecutor(Executor):
     So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
     by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
     each result is dropped as soon as its last reader has finished. A task runner class of your own
-    is left as it is, and a warning says so: let it inherit from `DSTaskRunner`.
+    has to inherit from `DSTaskRunner`, under a backend from `DSCloudTaskRunner`.
 
     Parameters
     ----------
@@ -1686,8 +1683,8 @@ class DSExecutor(Executor):
     NotImplementedError
         Below Prefect 0.12.
     ValueError
-        In a flow run, which Prefect reports as Failed: if the flow has another task, if a file
-        belongs to two task runs, or if `recompute` names no task.
+        In a flow run, which is then Failed: if the flow has another task, if a file belongs to two
+        task runs, or if `recompute` names no task.
 
     Examples
     --------
@@ -1747,16 +1744,13 @@ class DSExecutor(Executor):
                 )
             given, handlers = kwargs["task_runner_cls"], kwargs["task_runner_state_handlers"] or ()
             cls = {TaskRunner: DSTaskRunner, CloudTaskRunner: DSCloudTaskRunner}.get(given, given)
-            kwargs["task_runner_cls"] = cls
             if not _is_class(cls, DSTaskRunner):
-                if not _is_said(_flow_run(), cls):
-                    self.logger.warning(
-                        "DSExecutor leaves the task runner class %s as it is: nothing is stored or "
-                        "loaded. For that, let it inherit from prefect_ds.%s.",
-                        getattr(cls, "__name__", cls),
-                        f"DS{'Cloud' * _is_class(cls, CloudTaskRunner)}TaskRunner",
-                    )
-            elif not _is_class(cls, CloudTaskRunner) and checkpoint_handler not in handlers:
+                raise TypeError(
+                    f"DSExecutor cannot run tasks by {cls!r}: let it inherit from "
+                    "prefect_ds.DSTaskRunner, under a backend from prefect_ds.DSCloudTaskRunner."
+                )
+            kwargs["task_runner_cls"] = cls
+            if not _is_class(cls, CloudTaskRunner) and checkpoint_handler not in handlers:
                 kwargs["task_runner_state_handlers"] = [*handlers, checkpoint_handler]
         return self._under_way[threading.get_ident()].submit(fn, *args, **kwargs)
 
@@ -1853,6 +1847,7 @@ class _Call:
     #: still `missing`; `dependents` cannot begin without it. `value` is what it came to.
     _HERE = ("plan", "index", "number", "extra_context", "needs", "size", "missing", "dependents")
     __slots__ = (*_SENT, *_HERE, "is_wanted", "has_begun", "is_done", "is_callers", "value")
+    function: Any
     args: Any
     kwargs: Any
     needs: Any
@@ -2217,6 +2212,9 @@ class _Run:
         piece = [call]
         call.has_begun = True
         if self._place.width > 1:
+            if call.kwargs.get("is_mapped_parent"):
+                # All that comes of it is "Mapped": not worth to send what its children will read.
+                return self._finish(call, *_run_piece(self._context, piece))
             self._grow(piece)
             for each in piece if len(piece) > 1 else ():
                 each.reads = tuple(other for other in self._reads(each) if other in piece)
@@ -2359,7 +2357,7 @@ class _Progress:
 
     def __init__(self, logger):
         self._logger, self._bar, self._begin = logger, None, time.monotonic()
-        self._next_line, self._has_lines = self._begin + self.SECONDS_BETWEEN_LINES, False
+        self._next_line = self._begin + self.SECONDS_BETWEEN_LINES
         self.total = self.done = self.found = self.failed = 0
 
     def tell(self, state):
@@ -2369,26 +2367,20 @@ class _Progress:
         self.failed += state.is_failed()
         now = time.monotonic()
         if self._bar is None and tqdm is not None and now >= self._begin + self.SECONDS_BEFORE_BAR:
-            is_terminal = sys.stderr is not None and sys.stderr.isatty()
-            self._bar = tqdm(desc="mapped task runs", unit="", disable=not is_terminal)
+            no_terminal = None if sys.stderr else True  # None: tqdm finds out.
+            self._bar = tqdm(desc="mapped task runs", unit="", disable=no_terminal)
         if self._bar is not None and not self._bar.disable:
             self._bar.total = self.total
             self._bar.set_postfix(found=self.found, failed=self.failed, refresh=False)
             self._bar.update(self.done - self._bar.n)
         if now >= self._next_line:
-            self._next_line, self._has_lines = now + self.SECONDS_BETWEEN_LINES, True
-            self._log()
+            self._next_line = now + self.SECONDS_BETWEEN_LINES
+            text = "Mapped task runs: %d of %d done, %d found, %d failed"
+            self._logger.info(text, self.done, self.total, self.found, self.failed)
 
     def close(self):
-        """Say where they have ended, if anything was said before."""
-        if self._has_lines:
-            self._log()
         if self._bar is not None:
             self._bar.close()
-
-    def _log(self):
-        text = "Mapped task runs: %d of %d done, %d found, %d failed"
-        self._logger.info(text, self.done, self.total, self.found, self.failed)
 
 
 # Where calls run: here, in pools, on Dask ----------------------------------------------------
@@ -2452,7 +2444,7 @@ class _InThreads(_Here):
     """Calls run in threads, as many as `LocalDaskExecutor` asks for."""
 
     _new_pool: Any = concurrent.futures.ThreadPoolExecutor
-    _parcel: Any = None
+    _pickled: Optional[bytes] = None  # what the calls have in common, for other processes
 
     @contextmanager
     def start(self, context, tasks):
@@ -2469,22 +2461,10 @@ class _InThreads(_Here):
                 yield
 
     def submit(self, piece):
-        future: Any
-        if piece[0].kwargs.get("is_mapped_parent"):
-            # All that comes of it is "Mapped": not worth to send what its children will read.
-            future = concurrent.futures.Future()
-            future.set_result(_run_piece(self._context, piece))
-        else:
-            future = self._begin(piece)
-        self._tell(piece, future)
+        self._tell(piece, self._begin(piece))
 
     def _begin(self, piece):
         return self._pool.submit(_run_piece, self._context, piece)
-
-    def _dumps(self, piece):
-        if self._parcel is None:
-            self._parcel = _Parcel(self._context, self._tasks)
-        return self._parcel.dumps(piece)
 
     def _tell(self, piece, future, whole=None):
         future.add_done_callback(lambda done: self._done.put((piece, done, whole)))
@@ -2492,6 +2472,13 @@ class _InThreads(_Here):
     def finished(self):
         piece, future, _ = self._done.get()
         yield piece, future.result()
+
+    def _dumps(self, piece):
+        if self._pickled is None:
+            common = [self._context, *self._tasks]
+            self._numbers = {id(thing): number for number, thing in enumerate(common)}
+            self._pickled = cloudpickle.dumps(common)
+        return _dumps(piece, self._numbers)
 
 
 class _InProcesses(_InThreads):
@@ -2506,11 +2493,11 @@ class _InProcesses(_InThreads):
 
     def _begin(self, piece):
         work, _ = self._dumps(piece)
-        return self._pool.submit(_run_pickled, self._parcel.shared, work)
+        return self._pool.submit(_run_pickled, self._pickled, work)
 
     def finished(self):
         for piece, outcomes in super().finished():
-            yield piece, pickle.loads(outcomes) if isinstance(outcomes, bytes) else outcomes
+            yield piece, pickle.loads(outcomes)
 
 
 class _OnCluster(_InThreads):
@@ -2534,7 +2521,7 @@ class _OnCluster(_InThreads):
         work, sources = self._dumps(piece)
         if self._shared is None:
             # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
-            self._shared = self._send(_same, self._parcel.shared)
+            self._shared = self._send(_same, self._pickled)
             self._executor.client.replicate([self._shared])
         # What goes on with results that are there comes before what makes new ones.
         turn = next(self._turns)
@@ -2554,9 +2541,6 @@ class _OnCluster(_InThreads):
             told.append(self._done.get())
         there = []
         for piece, future, whole in told:
-            if isinstance(future, concurrent.futures.Future):
-                yield piece, future.result()
-                continue
             if future.status != "finished":
                 future.result()  # It raises, or what was lost with a worker is there again.
             if whole is None and future.type is not tuple:  # Its type comes with the news of it.
@@ -2604,44 +2588,24 @@ def _without_what_is_large(outcomes):
 # How it gets there ---------------------------------------------------------------------------
 
 
-class _Parcel:
-    """Pickles pieces of work, which refer by a number to what all have in common."""
+def _dumps(piece, numbers):
+    """The pickle of a piece, and the futures of other pieces' results that it needs.
 
-    def __init__(self, context, tasks):
-        common = [context, *tasks]
-        self.shared: bytes = cloudpickle.dumps(common)
-        self._numbers = {id(thing): number for number, thing in enumerate(common)}
+    It refers to these, and by `numbers` to what all pieces have in common.
+    """
+    sources: dict = {}
 
-    def dumps(self, piece):
-        """The pickle of a piece, and the futures of other pieces' results that it needs."""
-        with io.BytesIO() as file:
-            pickler = _Pickler(file, self._numbers)
-            pickler.dump(piece)
-            return file.getvalue(), [future for _, future in pickler.sources.values()]
-
-
-class _Pickler(cloudpickle.CloudPickler):
-    def __init__(self, file, numbers):
-        super().__init__(file)
-        self._numbers, self.sources = numbers, {}
-
-    def persistent_id(self, thing):
+    def persistent_id(thing):
         if isinstance(thing, _Elsewhere):
-            new = len(self.sources), thing.future
-            return self.sources.setdefault(id(thing.future), new)[0], thing.position
-        return self._numbers.get(id(thing))
+            new = len(sources), thing.future
+            return sources.setdefault(id(thing.future), new)[0], thing.position
+        return numbers.get(id(thing))
 
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, common, sources):
-        super().__init__(file)
-        self._common, self._sources = common, sources
-
-    def persistent_load(self, found):
-        if isinstance(found, tuple):
-            number, position = found
-            return self._sources[number][position]._result
-        return self._common[found]
+    with io.BytesIO() as file:
+        pickler: Any = cloudpickle.CloudPickler(file)
+        pickler.persistent_id = persistent_id
+        pickler.dump(piece)
+        return file.getvalue(), [future for _, future in sources.values()]
 
 
 #: In each process once for all pieces of a flow run.
@@ -2650,8 +2614,17 @@ _load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
 
 def _run_work(shared, work, *sources):
     common = _load_shared(shared)
+
+    def persistent_load(found):
+        if isinstance(found, tuple):
+            number, position = found
+            return sources[number][position]._result
+        return common[found]
+
     with io.BytesIO(work) as file:
-        return _run_piece(common[0], _Unpickler(file, common, sources).load())
+        unpickler: Any = pickle.Unpickler(file)
+        unpickler.persistent_load = persistent_load
+        return _run_piece(common[0], unpickler.load())
 
 
 def _run_pickled(shared, work):
@@ -2668,13 +2641,7 @@ def _run_on_worker(shared, work, *sources):
 # The names of the original prefect_ds: its modules are this one, under whatever name this file was
 # imported, and `checkpoint_handler`, which is a module there, has itself as an attribute.
 PurgedResultType = _PurgedResultType
-for _name in [
-    "pandas_result_handler",
-    "task_runner",
-    "flow_runner",
-    "result",
-    "checkpoint_handler",
-]:
-    sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
-    globals().setdefault(_name, sys.modules[__name__])
+for _as in ["pandas_result_handler", "task_runner", "flow_runner", "result", "checkpoint_handler"]:
+    sys.modules[f"{__name__}.{_as}"] = sys.modules[__name__]
+    globals().setdefault(_as, sys.modules[__name__])
 checkpoint_handler.checkpoint_handler = checkpoint_handler  # type: ignore[attr-defined]
