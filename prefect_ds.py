@@ -933,10 +933,6 @@ class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
     def __reduce__(self):
         return "PurgedResult"
 
-    def copy(self, *args, **kwargs):
-        return self
-
-    to_result = copy
     from_value = staticmethod(Result)
 
 
@@ -948,20 +944,13 @@ PurgedResult = _PurgedResultType()
 _KEEP = "prefect-ds:keep"
 
 
-class _Claim(NamedTuple):
-    """That a file belongs to a task run."""
-
-    file: str  # the same for all paths that lead to it
-    name: Optional[str]  # of the task run
-    origin: str  # which task run of the flow it is
-    work: Tuple[str, str]  # One is the same for the same task with equal arguments.
-
-
 class _Marks(NamedTuple):
     """What others have to know of the task run that a state is of."""
 
     origin: Optional[str] = None  # which task run of the flow it is
-    claim: Optional[_Claim] = None
+    name: Optional[str] = None
+    file: Optional[str] = None  # that belongs to it: the same for all paths that lead there
+    work: Tuple[str, ...] = ()  # One of these is the same for the same task with equal arguments.
     is_found: bool = False  # Its file was there, so that it did not run.
     newest: Optional[Tuple[float, str]] = None  # the newest file behind its result: when, where
     is_for_next_round: bool = False  # made by a round of the flow run that has not finished
@@ -972,13 +961,6 @@ _NO_MARKS = _Marks()
 
 def _marks_of(state):
     return getattr(state, "_prefect_ds", _NO_MARKS)
-
-
-def _is_unread(result):
-    """Whether the value of a result is in a file, and not at hand."""
-    if isinstance(result, _Listed):
-        return any(map(_is_unread, result.results))
-    return isinstance(result, PandasResult) and result._place is not None and result._value is None
 
 
 class _Listed(Result):
@@ -1031,24 +1013,16 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
 
+#: Two threads may be the first of a flow run to ask for its claims.
 _claims_lock = threading.Lock()
 
 
 def _is_plain(value):
+    """Whether equal values have the same text, in any process."""
     items = list(value.items()) if type(value) is dict else value
     if type(items) in (list, tuple):
         return len(items) <= 1000 and all(map(_is_plain, items))
     return isinstance(value, _PLAIN)
-
-
-def _in_words(value, origin):
-    """The same text for equal plain values, in any process; of anything else, where it is from."""
-    return pprint.saferepr(value) if _is_plain(value) else origin
-
-
-def _real_path(path):
-    """The same string for all paths that lead to one file."""
-    return path if _is_url(path) else os.path.normcase(os.path.realpath(path))
 
 
 def _flow_run():
@@ -1057,21 +1031,13 @@ def _flow_run():
 
 
 @functools.lru_cache(maxsize=100)  # Nobody tells when a flow run ends that is not ours.
-def _claims_of(flow_run) -> Dict[str, _Claim]:
-    """The claims of a flow run in this process, by file."""
+def _claims_of(flow_run) -> Dict[str, _Marks]:
+    """The task runs of a flow run in this process, by the file that belongs to them."""
     return {}
 
 
-def _take(claim):
-    """Take a file for a task run; raise if it belongs to another one of this flow run."""
-    with _claims_lock:
-        message = _conflict(_claims_of(_flow_run()).setdefault(claim.file, claim), claim)
-    if message:
-        raise ValueError(f"{message} Nothing was read or written.")
-
-
 def _conflict(earlier, later):
-    """What to say of two claims of one file, unless it is the same task with equal arguments."""
+    """What to say of two task runs with one file, unless they are the same with equal arguments."""
     if earlier.origin == later.origin or set(earlier.work) & set(later.work):
         return None
     first, second = repr(earlier.name), repr(later.name)
@@ -1091,11 +1057,11 @@ def _settle_claims(states):
     neither task run was refused, or None.
     """
     by_file: Dict[str, list] = {}
-    for state in filter(lambda state: _marks_of(state).claim, states):
-        by_file.setdefault(_marks_of(state).claim.file, []).append(state)
+    for state in filter(lambda state: _marks_of(state).file, states):
+        by_file.setdefault(_marks_of(state).file, []).append(state)
     messages = []
     for file, claimed in by_file.items():
-        first, *others = (_marks_of(state).claim for state in claimed)
+        first, *others = map(_marks_of, claimed)
         message = next(filter(None, (_conflict(first, other) for other in others)), None)
         if message:
             aside = None if _is_url(file) else _set_aside(file, {})
@@ -1154,16 +1120,14 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
         run = DSTaskRunner(task_runner.task)
         run.storage = _storage_of(task_runner.task, getattr(task_runner, _STORAGE))
-        run.origin = f"{run._slug} {prefect.context.get('task_full_name')}"
+        run._note_origin()
     if run.storage is None:
         return new_state
     try:
         if run is not task_runner:
             run.recomputes = run._is_recomputed()
         if old_state.is_pending() and new_state.is_running():
-            result = run.find_checkpoint()
-            if result is not None:
-                new_state = run.found(Success, result)
+            new_state = run.find_checkpoint(Success) or new_state
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
             run.write_checkpoint(new_state)
     except Exception as exc:
@@ -1250,13 +1214,11 @@ class DSTaskRunner(TaskRunner):
     # What is known of a task run: `run` makes a copy of the runner for each.
     inputs: Any = None  # by argument; None as long as nobody knows
     upstream_states: Dict[Edge, State] = {}  # noqa: RUF012
-    origin: Any = None  # which task run of the flow it is, in words
+    marks: _Marks = _NO_MARKS
     location: Optional[str] = None  # the filled path: once, as a task may change its arguments
     place: Any = None  # where that is
-    claim: Optional[_Claim] = None  # that the file there belongs to it
     reads_later: bool = False  # Files are read when somebody asks, not when they are found.
     recomputes: bool = False
-    is_found: bool = False  # Its file is there, and it does not run.
     failure: Optional[Result] = None  # the error after which it is retried
     newest_input: Optional[Tuple[float, str]] = None  # of the files behind it: when, and where
     own_file: Optional[Tuple[float, str]] = None
@@ -1285,8 +1247,7 @@ class DSTaskRunner(TaskRunner):
             run.reads_later = _FLOW_RUNNER_MAPS and outer is False
             state = super(DSTaskRunner, run).run(*args, **kwargs)
         if state is not given:
-            newest = run.own_file or run.newest_input
-            state._prefect_ds = _Marks(run.origin, run.claim, run.is_found, newest)
+            state._prefect_ds = run.marks._replace(newest=run.own_file or run.newest_input)
         for error in _errors_behind(run.failure) if outer is not None else ():
             error.__traceback__ = None  # Prefect has logged it, and the state of it is gone.
         if outer is not None and run.inputs is not None and _has_read_for_good(state):
@@ -1297,11 +1258,15 @@ class DSTaskRunner(TaskRunner):
     def _slug(self):
         return prefect.context.get("task_slug") or self.task.name
 
+    def _note_origin(self):
+        name = prefect.context.get("task_full_name")
+        self.marks = _Marks(f"{self._slug} {name}", name)
+
     # -- as Prefect's, and more
 
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what is known of this run."""
-        self.origin = f"{self._slug} {prefect.context.get('task_full_name')}"
+        self._note_origin()
         for edge, upstream_state in upstream_states.items():
             if not edge.mapped:
                 _list_children(upstream_state)
@@ -1332,16 +1297,11 @@ class DSTaskRunner(TaskRunner):
             return state  # An earlier round has found it, and let go of what fills the target.
         if self.storage is None and not self.recomputes:
             new_state = super().check_target(state, inputs=inputs)
-            self.is_found = new_state is not state and new_state.is_cached()
+            is_found = new_state is not state and new_state.is_cached()
+            self.marks = self.marks._replace(is_found=is_found)
             return new_state
-        if self.storage is not None:
-            try:
-                result = self.find_checkpoint()
-            except Exception as exc:
-                raise ENDRUN(self.handle_state_change(state, self.failed(exc))) from exc
-            if result is not None:
-                return self.handle_state_change(state, self.found(Cached, result))
-        return state
+        found = self.find_checkpoint(Cached) if self.storage is not None else None
+        return self.handle_state_change(state, found) if found else state
 
     def set_task_to_running(self, state, inputs):
         """As Prefect's, if no input is gone."""
@@ -1382,8 +1342,8 @@ class DSTaskRunner(TaskRunner):
 
     # -- checkpoints
 
-    def find_checkpoint(self):
-        """What is stored for this task run, as a result; None if it has to run."""
+    def find_checkpoint(self, state_class):
+        """A state of this class with what is stored for this task run; None if it has to run."""
         self._locate()
         storage, place = self.storage, self.place
         found = None if self.recomputes else _stat(place, storage._storage_options)
@@ -1414,13 +1374,9 @@ class DSTaskRunner(TaskRunner):
         age = max(0, int(time.time() - (modified or 0)))
         written = f", written {datetime.timedelta(seconds=age)} ago" if modified else ""
         storage._log("Found %s%s", place, written)
-        self.is_found = True
-        return self._stored(frame, frame is None)
-
-    def found(self, state_class, result):
-        """The state of a task run whose file is there."""
-        when = ", which is read when somebody asks for it" if _is_unread(result) else ""
-        return state_class(f"Found {self.place}{when}.", result=result)
+        self.marks = self.marks._replace(is_found=True)
+        when = "" if frame is not None else ", which is read when somebody asks for it"
+        return state_class(f"Found {place}{when}.", result=self._stored(frame, frame is None))
 
     def write_checkpoint(self, success):
         """Write what a task has returned, unless Prefect has."""
@@ -1466,13 +1422,19 @@ class DSTaskRunner(TaskRunner):
         arguments = self._defaults()
         for name, result in (self.inputs or {}).items():
             # What names a file is hardly ever a frame.
-            is_stored = _location_of(result) is not None or _is_unread(result)
+            is_stored = _location_of(result) is not None or isinstance(result, _Listed)
             arguments[name] = result.value if name in named or not is_stored else None
         mapped = [edge.key or "map_index" for edge in self.upstream_states if edge.mapped]
         location = self.storage._fill(arguments, mapped)
-        self.place, name = _absolute(location), prefect.context.get("task_full_name")
-        self.claim = _Claim(_real_path(self.place), name, self.origin, self._describe())
-        _take(self.claim)
+        self.place = file = _absolute(location)
+        if not _is_url(file):
+            file = os.path.normcase(os.path.realpath(file))
+        self.marks = self.marks._replace(file=file, work=self._describe())
+        with _claims_lock:
+            earlier = _claims_of(_flow_run()).setdefault(file, self.marks)
+        message = _conflict(earlier, self.marks)
+        if message:
+            raise ValueError(f"{message} Nothing was read or written.")
         self.location = location
 
     def _defaults(self):
@@ -1489,19 +1451,19 @@ class DSTaskRunner(TaskRunner):
         kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
         parts = [task.name, type(task).__module__, type(task).__qualname__, pprint.saferepr(kwargs)]
         for name, value in sorted({**self._defaults(), **own}.items()):
-            parts.append((name, _in_words(value, f"{id(value)} in process {os.getpid()}")))
-        words = {"": self.origin} if self.inputs is None else {}
+            origin = f"{id(value)} in process {os.getpid()}"
+            parts.append((name, pprint.saferepr(value) if _is_plain(value) else origin))
+        words = {"": self.marks.origin} if self.inputs is None else {}
         for edge, upstream_state in self.upstream_states.items():
             if edge.key in (self.inputs or {}):
                 result = self.inputs[edge.key]
                 index = prefect.context.get("map_index") if edge.mapped else ""
                 maker = _marks_of(upstream_state).origin or f"{edge.key} of {self._slug}"
-                origin = f"that of {maker} {index}"
+                words[edge.key] = f"that of {maker} {index}"
                 if _location_of(result) is not None:
                     words[edge.key] = f"stored {_location_of(result)}"
-                else:
-                    is_listed = isinstance(result, _Listed)
-                    words[edge.key] = origin if is_listed else _in_words(result.value, origin)
+                elif not isinstance(result, _Listed) and _is_plain(result.value):
+                    words[edge.key] = pprint.saferepr(result.value)
         arguments = repr(sorted(words.items()))
         texts = (f"{self._slug} {arguments}", f"{parts} {arguments}")
         return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)

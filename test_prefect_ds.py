@@ -3458,7 +3458,7 @@ def test_there_is_one_purged_result():
         copy.deepcopy(PurgedResult),
         pickle.loads(pickle.dumps(PurgedResult)),
         cloudpickle.loads(cloudpickle.dumps(PurgedResult)),
-        PurgedResult.copy() if hasattr(Result, "copy") else copy.copy(PurgedResult),
+        copy.copy(PurgedResult),
         copy.deepcopy(Success(result=PurgedResult))._result,
     ):
         assert same is PurgedResult
