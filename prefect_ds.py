@@ -1051,10 +1051,9 @@ def _conflict(earlier, later):
 
 
 def _settle_claims(states):
-    """Set aside each file that two task runs have claimed: it may hold the result of either.
+    """Set aside each file that belongs to two task runs: it may hold the result of either.
 
-    `states` are all final states of one flow run. Returns what to say, if there is a file of which
-    neither task run was refused, or None.
+    `states` are all final states of one flow run. Raises if neither task run was refused.
     """
     by_file: Dict[str, list] = {}
     for state in filter(lambda state: _marks_of(state).file, states):
@@ -1071,7 +1070,8 @@ def _settle_claims(states):
             if not any(state.is_failed() for state in claimed):
                 remedy = f"It is now {aside}" if aside else "Delete it"
                 messages.append(f"{message} {remedy}, since it may hold the result of either.")
-    return " ".join(messages) or None
+    if messages:
+        raise ValueError(" ".join(messages))
 
 
 # A task whose file is there is not run -------------------------------------------------------
@@ -1597,29 +1597,18 @@ class DSFlowRunner(FlowRunner):
         cls = task_runner_cls or DSTaskRunner
         super().__init__(flow=flow, task_runner_cls=cls, state_handlers=state_handlers)
 
-    def get_flow_run_state(self, state: State, executor: Executor, **kwargs: Any) -> State:
+    def get_flow_run_state(self, state: State, executor: Any, **kwargs: Any) -> State:
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
         # Below 0.12 the context has only those parameters that were passed.
         defaults = {p.name: p.default for p in self.flow.parameters() if not p.required}
         given = dict(prefect.context.get("parameters") or {})
         prefect.context["parameters"] = {**defaults, **given}
-        if isinstance(executor, DSExecutor):  # It does the rest, too.
-            return super().get_flow_run_state(state, executor=executor, **kwargs)
-        _note_recomputed(self.flow)
-        run = _new_run(self.flow, executor, self.logger)
-        state = super().get_flow_run_state(state, executor=run or executor, **kwargs)
-        if not state.is_finished():
-            return state
-        message = run.conflict if run else _settle_claims(_with_children(state.result))
-        if message:
-            self.logger.error(message)
-            state = self.handle_state_change(state, Failed(message, result=state.result))
+        if not isinstance(executor, DSExecutor):  # which does the rest itself
+            executor = _in_order(self.flow, executor, self.logger)
+        state = super().get_flow_run_state(state, executor=executor, **kwargs)
+        if state.is_finished() and not isinstance(executor, (_Run, DSExecutor)):
+            _settle_claims(itertools.chain(*map(_with_children, state.result.values())))
         return state
-
-
-def _with_children(states):
-    states = list(states.values()) if isinstance(states, dict) else []
-    return states + [child for state in states for child in getattr(state, "map_states", ())]
 
 
 class DSExecutor(Executor):
@@ -1684,16 +1673,12 @@ class DSExecutor(Executor):
             )
         thread = threading.get_ident()
         outer = self._under_way.get(thread)
-        _note_recomputed(self.flow)
-        run = _new_run(self.flow, self.executor, self.logger)
-        self._under_way[thread] = run or self.executor
+        self._under_way[thread] = _in_order(self.flow, self.executor, self.logger)
         try:
-            with (run or self.executor).start():
+            with self._under_way[thread].start():
                 yield
         finally:
             self._under_way[thread] = outer
-        if run and run.conflict:
-            raise ValueError(run.conflict)
 
     def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Any:
         """Put off a call; a task is run by a task runner that knows of checkpoints."""
@@ -1893,6 +1878,10 @@ def _same(value):
     return value
 
 
+def _with_children(state):
+    return [state, *getattr(state, "map_states", ())]
+
+
 def _replace(futures, kinds, replacement):
     """A copy of nested dicts and lists in which other things stand for those of these kinds."""
     if isinstance(futures, kinds):
@@ -2000,11 +1989,8 @@ class _Run:
         self._context: dict = {}  # what the contexts of all calls have in common
         self._given_ends: List[State] = []  # what tasks came to in earlier rounds
         self._is_reported = False  # Given states come from a backend: they are nobody else's.
-        #: in the end: that two task runs had one file, in words
-        self.conflict: Optional[str] = None
-
-    def __getattr__(self, name):
-        return getattr(self._executor, name)
+        # What Prefect 0.9 asks for as well.
+        self.timeout_handler = getattr(executor, "timeout_handler", None)
 
     @contextmanager
     def start(self):
@@ -2057,7 +2043,8 @@ class _Run:
         if self._current is None:
             if isinstance(futures, dict) and all(isinstance(key, Task) for key in futures):
                 # All tasks are submitted: the flow runner is about to end.
-                self._given_ends = [s for s in _with_children(futures) if isinstance(s, State)]
+                ends = (s for s in futures.values() if isinstance(s, State))
+                self._given_ends = [each for s in ends for each in _with_children(s)]
                 self._pass_until(None)
                 self._order.want(self._calls())
                 self._advance(None)
@@ -2114,7 +2101,7 @@ class _Run:
             for edge, upstream in argument.items() if isinstance(argument, dict) else ():
                 plan = self._plans.get(getattr(edge, "upstream_task", None))
                 if plan is not None and not plan.calls and isinstance(upstream, State):
-                    for state in (upstream, *getattr(upstream, "map_states", ())):
+                    for state in _with_children(upstream):
                         done = self._new_call(plan, None, (), {}, None, None)
                         done.end(state)
                         done.is_callers = self._is_callers(state)
@@ -2275,13 +2262,13 @@ class _Run:
                 marks = _marks_of(call.value)
                 if marks.is_for_next_round is is_finished:
                     call.value._prefect_ds = marks._replace(is_for_next_round=not is_finished)
-        if is_finished:
-            self.conflict = _settle_claims([*self._given_ends, *(call.value for call in calls)])
-            _claims_of(_flow_run()).clear()
         for call in calls:
             _list_children(call.value)
             if isinstance(call.value._result, PandasResult):
                 call.value._result._is_open = True
+        if is_finished:
+            _claims_of(_flow_run()).clear()
+            _settle_claims([*self._given_ends, *(call.value for call in calls)])
 
 
 def _run_piece(context, piece):
@@ -2349,8 +2336,9 @@ class _Progress:
 # Dask's schedulers of threads and processes are not used: they would keep all results.
 
 
-def _new_run(flow, executor, logger):
-    """What puts the flow's calls in order; None on an executor that is to do so itself."""
+def _in_order(flow, executor, logger):
+    """The executor for a flow run: one of ours that uses the given one, or else that itself."""
+    _note_recomputed(flow)
     place: Any = None
     own: Any = ()
     for base, kind, passed_over in [
@@ -2365,14 +2353,14 @@ def _new_run(flow, executor, logger):
         reason = f"has a {' and a '.join(own)} of its own" if own else "is not known to prefect_ds"
         text = "%s %s. So the flow runs as without prefect_ds, and all results are kept."
         logger.warning(text, type(executor).__name__, reason)
-        return None
+        return executor
     if place is _InThreads and executor.scheduler.startswith(("sync", "single")):
         place, executor = _Here, LocalExecutor()  # It would keep all results, too.
     elif place is _InThreads and executor.scheduler in ("processes", "multiprocessing"):
         place = _InProcesses
     # Below 0.12, tasks submit their own children, from wherever they run.
     is_possible = place is _Here or _FLOW_RUNNER_MAPS
-    return _Run(flow, executor, place(executor), logger) if is_possible else None
+    return _Run(flow, executor, place(executor), logger) if is_possible else executor
 
 
 class _Here:
@@ -2511,23 +2499,23 @@ class _OnCluster(_InThreads):
                 there.append((piece, future, whole))
         answers = self._executor.wait([future for _, future, _ in there]) if there else []
         for (piece, _, whole), outcomes in zip(there, answers):
-            for position, outcome in enumerate(outcomes) if whole is not None else ():
-                if isinstance(outcome, State) and isinstance(outcome._result, _Elsewhere):
+            for position, outcome in enumerate(outcomes):
+                if isinstance(getattr(outcome, "_result", None), _Elsewhere):
                     outcome._result = _Elsewhere(whole, position)
             yield piece, outcomes
 
     def resolve(self, futures):
-        # The flow runner hands on what it does not map over.
-        looked_at = futures
-        if isinstance(futures, dict):
-            looked_at = [f for key, f in futures.items() if getattr(key, "mapped", True)]
-        states = _all_in(super().resolve(looked_at), State)
-        there = {id(s): s for s in states if isinstance(s._result, _Elsewhere)}.values()
+        found = super().resolve(futures)
+        looked_at = found
+        if isinstance(found, dict):  # The flow runner hands on what it does not map over.
+            looked_at = [value for key, value in found.items() if getattr(key, "mapped", True)]
+        states = {id(s): s for s in _all_in(looked_at, State)}.values()
+        there = [s for s in states if isinstance(s._result, _Elsewhere)]
         where = {id(s._result.future): s._result.future for s in there}
         answers = dict(zip(where, self._executor.wait(list(where.values())) if where else []))
         for state in there:
             state._result = answers[id(state._result.future)][state._result.position]._result
-        return super().resolve(futures)
+        return found
 
 
 class _Elsewhere(Result):

@@ -1552,7 +1552,7 @@ def test_a_file_of_two_task_runs_in_processes_is_set_aside_in_the_end(processes,
     with Flow("two") as flow:
         make("a"), make("b")
     state = run(flow, executor=InOnePool(processes))
-    assert state.is_failed() and set(state.result) == flow.tasks
+    assert state.is_failed()
     assert "out.csv belongs to the task run" in state.message and "'b'" in state.message
     (aside,) = (name for name in files() if name.startswith("out"))
     assert aside.startswith("out.csv.unreadable-") and aside in state.message
