@@ -1317,7 +1317,7 @@ class DSTaskRunner(TaskRunner):
                 # In no variable, which the traceback of an error would hold.
                 deque((result.value for result in inputs.values()), maxlen=0)
             except Exception as exc:
-                message = f"Task '{prefect.context.get('task_full_name')}' cannot run: {exc}"
+                message = f"Task '{self.marks.name}' cannot run: {exc}"
                 return self.handle_state_change(state, self.failed(exc, message))
         return super().get_task_run_state(state, inputs=inputs, **kwargs)
 
@@ -1395,15 +1395,15 @@ class DSTaskRunner(TaskRunner):
         if prefect.context.get("raise_on_exception"):
             raise exc
         if message is None:
-            name = prefect.context.get("task_full_name")
-            message = f"Task '{name}', path {self.storage.path}: {type(exc).__name__}: {exc}"
+            where = f"Task '{self.marks.name}', path {self.storage.path}"
+            message = f"{where}: {type(exc).__name__}: {exc}"
         self.logger.error(message)
         return Failed(message, result=exc)
 
     def _stored(self, frame, lives_there):
         result = _stored(self.storage, self.location, frame)
         if isinstance(result, PandasResult):
-            result._puts_off, result._owner = False, prefect.context.get("task_full_name")
+            result._puts_off, result._owner = False, self.marks.name
             result._place = self.place if lives_there else None
         return result
 
@@ -1497,18 +1497,17 @@ class DSTaskRunner(TaskRunner):
         if state.is_finished():
             return
         seen = [(edge, up) for edge, up in _states_seen(upstream_states) if _is_read(edge)]
-        purged = {edge.upstream_task.name for edge, up in seen if up._result is PurgedResult}
-        lost = {edge.upstream_task.name for edge, up in seen if self._is_lost(edge, up)}
-        if not purged and not lost:
-            return
         what = "was purged when its last reader had finished"
-        if not purged:
+        names = {edge.upstream_task.name for edge, up in seen if up._result is PurgedResult}
+        if not names:
             what = "is not at hand: it was not stored, and another process had it, or it was None"
+            names = {edge.upstream_task.name for edge, up in seen if self._is_lost(edge, up)}
+        if not names:
+            return
         message = (
-            f"Task '{prefect.context.get('task_full_name')}' needs the result of "
-            f"{', '.join(map(repr, sorted(purged or lost)))}, which {what}. Run the upstream task "
-            "again (leave its state out of task_states), give it a checkpoint, or keep its result "
-            f"with the tag {_KEEP!r}."
+            f"Task '{self.marks.name}' needs the result of {', '.join(map(repr, sorted(names)))}, "
+            f"which {what}. Run the upstream task again (leave its state out of task_states), give "
+            f"it a checkpoint, or keep its result with the tag {_KEEP!r}."
         )
         raise ENDRUN(self.handle_state_change(state, self.failed(ValueError(message), message)))
 
@@ -1517,14 +1516,12 @@ class DSTaskRunner(TaskRunner):
 
         A task that has returned None looks just so: it matters to a task that stores something.
         """
-        if self.storage is None or not isinstance(self, CloudTaskRunner):
-            return False
         is_here = isinstance(edge.upstream_task, Constant) or _marks_of(upstream_state).origin
-        is_success = upstream_state.is_successful() and not upstream_state.is_skipped()
-        if is_here or not is_success or upstream_state.is_mapped() or edge.key is None:
+        is_told = isinstance(self, CloudTaskRunner) and type(upstream_state) in (Success, Cached)
+        if is_here or not is_told or self.storage is None or edge.key is None:
             return False
-        result = upstream_state._result
-        return getattr(result, "location", None) is None and upstream_state.result is None
+        location = getattr(upstream_state._result, "location", None)
+        return location is None and upstream_state.result is None
 
 
 class _BeforeReport(TaskRunner):
@@ -1563,11 +1560,10 @@ class DSFlowRunner(FlowRunner):
     somebody asks for them, and the rest is replaced by `PurgedResult`. States that the caller
     passes in are never changed, except those of an earlier round that has not finished.
 
-    `recompute` in `prefect.context` makes tasks run though their file is there, for one run: names
-    of tasks, with `*` for any characters and `+` behind for all tasks downstream as well, separated
-    by commas or in a list; `out-of-date` are those whose files are older than files that they were
-    made from. So `flow.run(context={"recompute": "load+"}, runner_cls=DSFlowRunner)`, or
-    `PREFECT__CONTEXT__RECOMPUTE="load+"` in the environment.
+    `recompute` in `prefect.context`, or `PREFECT__CONTEXT__RECOMPUTE` in the environment, makes
+    tasks run though their file is there: names of tasks, with `*` for any characters and `+` behind
+    for all tasks downstream as well, separated by commas or in a list; `out-of-date` are those
+    whose files are older than files that they were made from.
 
     A flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
 
@@ -1580,15 +1576,9 @@ class DSFlowRunner(FlowRunner):
     state_handlers : iterable of callable, optional
         As for Prefect's `FlowRunner`.
 
-    Notes
-    -----
-    Results are purged on `LocalExecutor`, and from Prefect 0.12 on also on `LocalDaskExecutor`
-    and `DaskExecutor`. On other executors, and on those that override what would be passed over,
-    nothing is purged, and a warning says so.
-
     Examples
     --------
-    >>> flow.run(runner_cls=DSFlowRunner)  # doctest: +SKIP
+    >>> flow.run(runner_cls=DSFlowRunner, context={"recompute": "load+"})  # doctest: +SKIP
     """
 
     def __init__(
@@ -1629,13 +1619,10 @@ class DSExecutor(Executor):
 
     Raises
     ------
-    TypeError
-        If these are no flow and no executor.
-    NotImplementedError
-        Below Prefect 0.12.
+    TypeError, NotImplementedError
+        If these are no flow and no executor; below Prefect 0.12.
     ValueError
-        In a flow run, which is then Failed: if the flow has another task, if a file belongs to two
-        task runs, or if `recompute` names no task.
+        In a flow run, which is then Failed: if the flow has another task, and as `DSFlowRunner`.
 
     Examples
     --------
