@@ -1773,14 +1773,13 @@ class _Call:
     """
 
     #: What a piece of work needs to know: what is called, `context` without what all calls share,
-    #: by how many edges it will be read, the state that it was `given` by the caller, and which
-    #: calls of its own piece it `reads`.
-    _SENT = ("function", "args", "kwargs", "context", "claims", "is_kept", "given", "reads")
+    #: by how many edges it will be read, and which calls of its own piece it `reads`.
+    _SENT = ("function", "args", "kwargs", "context", "claims", "is_kept", "reads")
     #: What the flow runner's process knows. `index` is -1 for the task itself. `needs` are the
     #: calls that it cannot begin without, the first one last: `size` in all, of which some are
     #: still `missing`; `dependents` cannot begin without it. `value` is what it came to.
     _HERE = ("plan", "index", "number", "extra_context", "needs", "size", "missing", "dependents")
-    __slots__ = (*_SENT, *_HERE, "is_wanted", "has_begun", "is_done", "is_callers", "value")
+    __slots__ = (*_SENT, *_HERE, "is_wanted", "has_begun", "is_done", "value")
     function: Any
     args: Any
     kwargs: Any
@@ -1793,7 +1792,7 @@ class _Call:
         self.plan = self.extra_context = self.value = None
         self.index, self.number, self.size, self.missing = -1, 0, 0, 0
         self.needs, self.dependents = [], []
-        self.is_wanted = self.has_begun = self.is_done = self.is_callers = False
+        self.is_wanted = self.has_begun = self.is_done = False
 
     def __reduce__(self):
         if self.is_done:
@@ -1804,10 +1803,10 @@ class _Call:
         """Note what it came to, and forget what only a waiting call needs."""
         if self.index >= 0:
             # Prefect has them, too, and so has the traceback of each error until the run is over.
-            (_upstream_states(self.args, self.kwargs) or {}).clear()
+            self.kwargs.get("upstream_states", {}).clear()
         self.value, self.is_done, self.has_begun = value, True, True
         self.function = self.args = self.kwargs = self.context = self.extra_context = None
-        self.given = self.needs = self.dependents = self.reads = None
+        self.needs = self.dependents = self.reads = None
 
     def run(self, context, outcomes):
         """Run it, after those calls whose `outcomes` are there."""
@@ -1817,16 +1816,14 @@ class _Call:
             if isinstance(upstream, _Call):
                 upstream = outcomes[upstream] if upstream in outcomes else upstream.value  # noqa: SIM401
             if isinstance(upstream, Mapped):
-                # A task that reduces a map hangs all results into the state that it is handed.
+                # Prefect hangs children into a state, and before a reduce all their results.
                 upstream = copy.copy(upstream)
                 reduced.append(upstream)
             return upstream
 
         with _reading(False):
-            args = _replace(self.args, (_Call, Mapped), state_of)
-            states = {k: self.kwargs[k] for k in _UPSTREAM_KEYWORDS if k in self.kwargs}
-            kwargs = {**self.kwargs, **_replace(states, (_Call, Mapped), state_of)}
-        upstream_states = _upstream_states(args, kwargs)
+            args, kwargs = _replace((self.args, self.kwargs), (_Call, Mapped), state_of)
+        upstream_states = kwargs.get("upstream_states")
         if self.context is not None:
             kwargs["context"] = {**context, **self.context}
         # Prefect's helpers flatten: they look into what they get. Task runners that are not ours
@@ -1850,15 +1847,6 @@ class _Call:
                 for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
                     each._result = PurgedResult
         return outcome
-
-
-#: The arguments of a task run in which calls stand for states.
-_UPSTREAM_KEYWORDS = ("upstream_states", "upstream_mapped_states")
-
-
-def _upstream_states(args, kwargs):
-    """Those of a task run, None of a helper; below Prefect 0.12, a child's third argument."""
-    return kwargs.get("upstream_states", args[2] if len(args) == 3 else None)
 
 
 def _same(value):
@@ -1967,7 +1955,6 @@ class _Run:
             plan.is_awaited = any(each.maps for each in plan.downstream)
             is_kept = task in flow.reference_tasks() or _KEEP in task.tags
             plan.is_kept = is_kept or not plan.readers or task.cache_for is not None
-        self._terminal = [self._plans[task] for task in flow.terminal_tasks()]
         self._to_come = [self._plans[task] for task in reversed(tasks)]  # for the flow runner
         self._incomplete = sorted(self._plans.values(), key=lambda plan: -plan.last)
         self._awaited: List[_Call] = []
@@ -1996,19 +1983,18 @@ class _Run:
     def submit(self, fn, *args, extra_context=None, context=None, **kwargs):
         is_child = self._current is not None  # submitted by a task run, below Prefect 0.12
         plan: Any = self._current.plan if self._current else self._plans.get(kwargs.get("task"))
-        given = kwargs.get("state", args[0] if args and plan else None)
         if plan is not None and not is_child:
             self._pass_until(plan)
             self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
-            if isinstance(given, Mapped):
-                kwargs["state"] = copy.copy(given)  # Prefect writes its children into it.
-                if _marks_of(given).is_for_next_round:
-                    given.result = None  # What the children hold.
+        given = kwargs.get("state")
+        if isinstance(given, State) and not self._is_ours(given):
+            kwargs["state"] = copy.copy(given)
+        elif isinstance(given, Mapped):
+            given.result = None  # What the children hold.
         if context is not None:
             shared = self._context.get
             context = {k: v for k, v in context.items() if v is None or shared(k) is not v}
-        own = given if self._is_callers(given) else None
-        call = self._new_call(plan, fn, args, kwargs, context, own)
+        call = self._new_call(plan, fn, args, kwargs, context)
         call.extra_context, call.number = extra_context, next(self._numbers)
         self._connect(call, self._needed(args, kwargs))
         if plan is not None and call.index >= 0:
@@ -2024,7 +2010,8 @@ class _Run:
 
     def map(self, fn, *args):
         """What a mapped task submits its children by, below Prefect 0.12."""
-        return [self.submit(fn, *arguments) for arguments in zip(*args)]
+        names = inspect.signature(fn).parameters
+        return [self.submit(fn, **dict(zip(names, arguments))) for arguments in zip(*args)]
 
     def wait(self, futures):
         if self._current is None:
@@ -2072,9 +2059,9 @@ class _Run:
             calls += self._incomplete.pop().calls
         return calls
 
-    def _new_call(self, plan, function, args, kwargs, context, given):
+    def _new_call(self, plan, function=None, args=(), kwargs=None, context=None):
         claims, is_kept = (plan.readers, plan.is_kept) if plan else (0, True)
-        call = _Call(function, args, kwargs, context, claims, is_kept, given, ())
+        call = _Call(function, args, kwargs or {}, context, claims, is_kept, ())
         if plan is not None:
             call.plan, call.index = plan, len(plan.calls) - 1
             plan.calls.append(call)
@@ -2082,25 +2069,26 @@ class _Run:
         return call
 
     def _needed(self, args, kwargs):
-        """The calls among the arguments; for given states, such as are done stand in."""
+        """The calls among the arguments; for states of earlier rounds, calls that are done."""
         needed: Dict[_Call, None] = {}
-        for argument in (*args, *map(kwargs.get, _UPSTREAM_KEYWORDS)):
+        for argument in (*args, *kwargs.values()):
             for edge, upstream in argument.items() if isinstance(argument, dict) else ():
                 plan = self._plans.get(getattr(edge, "upstream_task", None))
-                if plan is not None and not plan.calls and isinstance(upstream, State):
-                    for state in _with_children(upstream):
-                        done = self._new_call(plan, None, (), {}, None, None)
-                        done.end(state)
-                        done.is_callers = self._is_callers(state)
-                        if not done.is_callers and isinstance(state._result, PandasResult):
-                            state._result._is_open = False
+                if plan is None or plan.calls or not isinstance(upstream, State):
+                    continue
+                for state in _with_children(upstream) if self._is_ours(upstream) else ():
+                    done = self._new_call(plan)
+                    done.end(state)
+                    if not self._is_ours(state):
+                        done.claims = float("inf")
+                    elif isinstance(state._result, PandasResult):
+                        state._result._is_open = False
             needed.update(dict.fromkeys(_all_in(argument, _Call)))
         return needed
 
-    def _is_callers(self, state):
-        """Whether it is a state that the caller has given, and no earlier round of ours."""
-        is_ours = self._is_reported or _marks_of(state).is_for_next_round
-        return isinstance(state, State) and not is_ours
+    def _is_ours(self, state):
+        """Whether it was made by an earlier round, or for us: the caller's are never changed."""
+        return self._is_reported or _marks_of(state).is_for_next_round
 
     def _connect(self, call, needed):
         needed = [other for other in needed if not other.is_done]
@@ -2200,7 +2188,6 @@ class _Run:
                 self._connect(other, children)
             if other.is_wanted:
                 self._order.push(other)
-        call.is_callers = call.given is not None and outcome is call.given
         call.end(outcome)
         if plan is not None:
             is_over = _has_read_for_good(outcome) and not isinstance(plan.task, _RESTARTED)
@@ -2208,7 +2195,7 @@ class _Run:
             for upstream in reads:
                 if is_over:
                     self._release(upstream)
-                elif upstream.is_done and not upstream.is_callers:
+                elif upstream.is_done:
                     _drop(upstream.value, is_kept=True)  # It can be read again, if it has a file.
             self._settle(plan)
             self._release(call, 0)
@@ -2235,16 +2222,16 @@ class _Run:
 
     def _release(self, call, claims=1):
         call.claims -= claims
-        if call.is_done and call.claims <= 0 and not call.is_callers:
+        if call.is_done and call.claims <= 0:
             _drop(call.value, call.is_kept)
 
     def _close(self):
         """If there will be no other round, drop what was held for one; else mark it."""
-        ends = [call.value for plan in self._terminal for call in plan.calls]
+        ends = [call.value for call in self._calls() if not call.plan.downstream]
         is_finished = all(isinstance(state, State) and state.is_finished() for state in ends)
         calls = [call for call in self._calls() if isinstance(call.value, State)]
         for call in calls:
-            if not call.is_callers:
+            if call.claims < float("inf"):
                 _drop(call.value, call.is_kept or not is_finished)
                 marks = _marks_of(call.value)
                 if marks.is_for_next_round is is_finished:
@@ -2278,8 +2265,7 @@ def _run_piece(context, piece):
             for other in is_read:
                 claims[other] -= 1
             for other in (*is_read, call):
-                is_given = other.given is not None and outcomes[other] is other.given
-                if claims[other] <= 0 and not is_given:
+                if claims[other] <= 0:
                     _drop(outcomes[other], other.is_kept)
     finally:
         prefect.context["config"] = own
