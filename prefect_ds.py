@@ -53,7 +53,7 @@ from collections import ChainMap, deque
 from contextlib import contextmanager, nullcontext, suppress
 from decimal import Decimal
 from enum import Enum
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import cloudpickle
 import numpy
@@ -114,8 +114,6 @@ try:
 except ImportError:  # below 0.14
     from prefect.engine.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 
-#: Up to 0.12.0 `DaskExecutor.submit` asks the cluster to keep what it submits.
-_KEEPS_ON_CLUSTER = "task_name" in inspect.signature(DaskExecutor._prep_dask_kwargs).parameters
 
 #: Tasks that Prefect runs again in every later round of an unfinished flow, where it has them.
 _RESTARTED: tuple = (getattr(prefect.tasks.secrets, "SecretBase", ()),)
@@ -1161,14 +1159,9 @@ _RECOMPUTED = "_prefect_ds_recomputed"
 
 def _note_recomputed(flow):
     """Note in the context of a flow run which tasks `recompute` means."""
-    patterns = prefect.context.get(_RECOMPUTE) or ()
-    if isinstance(patterns, str):
-        patterns = list(filter(None, map(str.strip, patterns.split(","))))
-    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"recompute={patterns!r} names no tasks. It takes their names, separated by commas or "
-            "in a list, as in recompute='load+'; '*' is the whole flow."
-        )
+    given = prefect.context.get(_RECOMPUTE) or ()
+    given = given if isinstance(given, (list, tuple, set)) else str(given).split(",")
+    patterns = list(filter(None, (str(pattern).strip() for pattern in given)))
     found = set()
     for pattern in patterns:
         tasks = {task for task in flow.tasks if task.name == pattern}
@@ -2444,19 +2437,12 @@ class _OnCluster(_InThreads):
         work, sources = self._dumps(piece)
         if self._shared is None:
             # Once for all calls, to all workers; what is lost with a worker, Dask makes anew.
-            self._shared = self._send(_same, self._pickled)
+            self._shared = self._executor.submit(_same, self._pickled)
             self._executor.client.replicate([self._shared])
         # What goes on with results that are there comes before what makes new ones.
         turn = next(self._turns)
         options = {"priority": turn if sources else -turn, "extra_context": piece[0].extra_context}
-        return self._send(_run_on_worker, self._shared, work, *sources, **options)
-
-    def _send(self, function, *args, extra_context=None, **kwargs):
-        if not _KEEPS_ON_CLUSTER:
-            return self._executor.submit(function, *args, extra_context=extra_context, **kwargs)
-        tags = (extra_context or {}).get("task_tags", [])
-        kwargs.update(self._executor._prep_dask_kwargs("", tags))
-        return self._executor.client.submit(function, *args, **kwargs)
+        return self._executor.submit(_run_on_worker, self._shared, work, *sources, **options)
 
     def finished(self):
         told = [self._done.get()]
@@ -2467,7 +2453,8 @@ class _OnCluster(_InThreads):
             if future.status != "finished":
                 future.result()  # It raises, or what was lost with a worker is there again.
             if whole is None and future.type is not tuple:  # Its type comes with the news of it.
-                self._tell(piece, self._send(_without_what_is_large, future), whole=future)
+                digest = self._executor.submit(_without_what_is_large, future)
+                self._tell(piece, digest, whole=future)
             else:
                 there.append((piece, future, whole))
         answers = self._executor.wait([future for _, future, _ in there]) if there else []

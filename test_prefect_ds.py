@@ -488,21 +488,20 @@ prefect.engine.result: Result.__init__ value, NoResult
 prefect.engine.state: State.result, Success()._result, Success().cached_inputs,
     Mapped.__init__ map_states
 prefect.core.Edge: __init__ upstream_task downstream_task key mapped
-prefect.core.flow.Flow: edges_to task, sorted_tasks, terminal_tasks, reference_tasks
+prefect.core.flow.Flow: edges_to task, sorted_tasks, reference_tasks
 prefect.context: config.flows.checkpointing, get key
 prefect.triggers: all_successful
 prefect.tasks: control_flow, core.function.FunctionTask, core.constants.Constant, secrets
 prefect.engine.cloud.CloudTaskRunner: call_runner_target_handlers old_state new_state
 prefect_ds: Executor.start, LocalExecutor.submit fn, LocalDaskExecutor.__init__ scheduler,
-    LocalDaskExecutor().scheduler, DaskExecutor.submit fn, DaskExecutor.wait futures,
-    DaskExecutor._prep_dask_kwargs
+    LocalDaskExecutor().scheduler, DaskExecutor.submit fn, DaskExecutor.wait futures
 distributed: Client.nthreads, Client.replicate futures, Future.add_done_callback fn, Future.type
 """
 
 if prefect_ds._FLOW_RUNNER_MAPS:
     INTERNALS += """
 prefect.engine.flow_runner: run_task task state upstream_states context task_runner_cls
-    task_runner_state_handlers upstream_mapped_states is_mapped_parent
+    task_runner_state_handlers is_mapped_parent
 prefect.engine.cloud.CloudTaskRunner: load_results state upstream_states
 prefect.engine.result.Result: copy
 """
@@ -1769,8 +1768,8 @@ def test_a_pattern_that_is_inherited_need_not_match():
 def test_recomputing_what_is_no_task_is_refused():
     for recompute, said in [
         ("frist+", "'frist+' matches no task of the flow. It has: "),
-        (3, "recompute=3 names no tasks"),
-        ([3], "recompute=[3] names no tasks"),
+        (3, "'3' matches no task"),
+        ([3], "'3' matches no task"),
     ]:
         calls = []
         state = run(chain_of_files(calls), context={"recompute": recompute})
