@@ -1,14 +1,12 @@
 """Checkpoints for pandas DataFrames, and flows that free what nobody needs, for Prefect < 2.
 
-The way of a frame: `checkpoint_handler` asks the `DSTaskRunner` for the task's file. If it is
-there, the state gets a `PandasResult` without a value, which is read when a task that runs, or the
-user, asks for it. Else the task runs, and `PandasResult` writes what it returns. `_Run` puts the
-calls of a flow run in order, and lets go of each result when nobody will read it any more: in its
-place is `PurgedResult`. A place (`_Here`, `_InThreads`, `_InProcesses`, `_OnCluster`) is where the
-calls run. `DSExecutor` does all this where Prefect chooses the runners: under Server and Cloud.
+`checkpoint_handler` asks the `DSTaskRunner` for the task's file. If it is there, the state gets a
+`PandasResult` without a value, which is read when a task that runs, or the user, asks for it. Else
+the task runs, and `PandasResult` writes what it returns. `_Run`, the heart of `DSFlowRunner`, puts
+the calls of a flow run in order, and lets go of each result when nobody will read it any more. A
+place (`_Here`, `_InThreads`, `_InProcesses`, `_OnCluster`) is where the calls run.
 
-The internals of Prefect that this file relies on are listed, and held, by
-`test_touches_only_these_internals` in `test_prefect_ds.py`.
+The internals of Prefect that this relies on are listed by `test_touches_only_these_internals`.
 """
 
 import concurrent.futures
@@ -47,6 +45,7 @@ import numpy
 import pandas
 import prefect
 import psutil
+from numpy.testing import assert_equal
 from pandas.testing import assert_index_equal, assert_series_equal
 from prefect.core import Edge, Flow, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
@@ -83,8 +82,9 @@ __all__ = [
 #: From 0.11 on a task keeps a `Result`, which knows its location; before, a `ResultHandler`.
 _HAS_LOCATIONS = "result_handler" not in inspect.signature(TaskRunner.__init__).parameters
 
-#: The attribute under which flows, tasks, and task runners have their storage.
+#: The attribute under which flows, tasks, and task runners have their storage, and its class.
 _STORAGE = "result" if _HAS_LOCATIONS else "result_handler"
+_Storage: Any = Result if _HAS_LOCATIONS else prefect.engine.result_handlers.ResultHandler
 
 #: Tasks opt out of checkpoints by `checkpoint=False`; not where that is the default (0.9.0).
 _CAN_OPT_OUT = "checkpoint" not in prefect.config.tasks.defaults
@@ -112,33 +112,20 @@ if hasattr(prefect.tasks.core, "resource_manager"):
         prefect.tasks.core.resource_manager.ResourceCleanupTask,
     )
 
-if _HAS_LOCATIONS:
-    _Storage: Any = Result
-    _no_storage: Any = Result
 
-    def _stored(storage, location, frame):
+def _stored(storage, location, frame):
+    """A result that has a frame, and knows its location."""
+    if _HAS_LOCATIONS:
         result = copy.copy(storage)
         result.location, result.value = location, frame
-        return result
-
-    def _location_of(result):
-        return result.location
-
-else:
-    from prefect.engine.result import SafeResult
-    from prefect.engine.result_handlers import ResultHandler
-
-    _Storage = ResultHandler
-    _no_storage = type(None)
-
-    def _stored(storage, location, frame):
+    else:
         result = Result(frame, result_handler=storage)
-        result.safe_value = SafeResult(location, result_handler=storage)
-        return result
+        result.safe_value = prefect.engine.result.SafeResult(location, result_handler=storage)
+    return result
 
-    def _location_of(result):
-        safe = getattr(result, "safe_value", NoResult)
-        return safe.value if safe != NoResult else None
+
+def _location_of(result):
+    return result.location if _HAS_LOCATIONS else result.safe_value.value
 
 
 # Where a frame is stored: the template in the path -------------------------------------------
@@ -148,14 +135,18 @@ class _Template(string.Formatter):
     """A path with fields, filled as by `str.format`, but never with a value that leads astray."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = path = os.fspath(path)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
+            raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
         try:
             parts = list(self.parse(path))
         except ValueError as exc:
             raise ValueError(f"The path {path!r} is no template for str.format: {exc}.") from exc
         names = [name for _, name, _, _ in parts if name is not None]
         #: names of the fields, without attributes and items
-        self.fields = sorted({re.split(r"[.\[]", name)[0] for name in names})
+        self.fields = {re.split(r"[.\[]", name)[0] for name in names}
+        if not all(name[:1].isidentifier() for name in self.fields):
+            raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
         # What stands before the first field: no value may lead out of its folder.
         first = next((n for n, part in enumerate(parts) if part[1] is not None), len(parts) - 1)
         self.folder = os.path.dirname("".join(part[0] for part in parts[: first + 1]))
@@ -203,17 +194,6 @@ def _absolute(path):
     if _is_url(path):
         return path
     return os.path.abspath(os.path.expanduser(re.sub("^(file|local)://", "", path)))
-
-
-def _check_path(path):
-    path = os.fspath(path)
-    if not isinstance(path, str):
-        raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
-        raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
-    if not all(name[:1].isidentifier() for name in _Template(path).fields):
-        raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
-    return path
 
 
 # How a frame is stored: what pandas can read and write ---------------------------------------
@@ -306,11 +286,6 @@ _KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet")
 _MAX_CELLS, _SAMPLE_ROWS = 100_000, 300
 
 
-def _check_same(one, other):
-    if one != other:
-        raise AssertionError(f"{one!r} comes back as {other!r}")
-
-
 def _check_column(one, other):
     if one.dtype == other.dtype == object:
         one, other = one.where(one.notna(), None), other.where(other.notna(), None)
@@ -324,10 +299,10 @@ def _check_column(one, other):
 
 #: What a frame is besides its columns one by one: how to compare it, and how to get it.
 _PARTS = {
-    "its class": (_check_same, type),
-    "its attrs": (_check_same, lambda frame: getattr(frame, "attrs", None)),
+    "its class": (assert_equal, type),
+    "its attrs": (assert_equal, lambda frame: getattr(frame, "attrs", None)),
     "the index": (assert_index_equal, lambda frame: frame.index),
-    "the frequency": (_check_same, lambda frame: getattr(frame.index, "freq", None)),
+    "the frequency": (assert_equal, lambda frame: getattr(frame.index, "freq", None)),
     "the columns": (assert_index_equal, lambda frame: frame.columns),
 }
 
@@ -442,17 +417,6 @@ def _stat(path, storage_options):
 
 
 @contextmanager
-def _existing_file(path, storage_options):
-    """A local path under which pandas can read what is at `path`."""
-    filesystem, path = _filesystem(path, storage_options)
-    with tempfile.TemporaryDirectory() as folder:
-        if filesystem is not None:
-            remote, path = path, os.path.join(folder, os.path.basename(path))
-            _on_file(filesystem, "get", remote, path)
-        yield path
-
-
-@contextmanager
 def _new_file(path, storage_options):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
@@ -545,19 +509,16 @@ _read_locks = [threading.RLock() for _ in range(64)]
 class PandasResult(_Storage):
     """Store a task's DataFrame in a file that is named in full.
 
-    `PandasResultHandler` is the same class. Give it to a task as `result_handler=` below Prefect
-    0.14, as `result=` from 0.11. There it is a `prefect.engine.result.Result` like any other; below
-    it is a `prefect.engine.result_handlers.ResultHandler`.
+    `PandasResultHandler` is the same class. Tasks and flows take it as `result_handler=` below
+    Prefect 0.14, as `result=` from 0.11 on.
 
     Parameters
     ----------
     path : str, os.PathLike or callable, optional
-        Where the file is: a template for `str.format`, or a URL that fsspec understands. Its fields
-        are filled from the task's arguments first (this takes `DSTaskRunner`), then from the flow's
-        parameters, then from `prefect.context` (`map_index`, `task_name`, `today`, ...). Missing
-        folders are made. From 0.11 on also a function of these fields as keyword arguments (of
-        arguments that are stored themselves, those which it names), or left out where the task has
-        a `target`.
+        Where the file is: a path, or a URL for fsspec. It is a template for `str.format`, filled
+        from the task's arguments (this takes `DSTaskRunner`), then from the flow's parameters, then
+        from `prefect.context`. From 0.11 on also a function of these as keyword arguments (of
+        arguments that are stored themselves, those which it names), or the task's `target`.
     file_type : str, optional
         Which pair of pandas' `read_*` and `to_*` to use: "csv", "parquet", ... If left out, it
         follows from the extension of the path, with or without a compression (".csv.gz").
@@ -570,8 +531,7 @@ class PandasResult(_Storage):
     Raises
     ------
     TypeError, ValueError
-        If the path is no string, path, function or template; if it tells no file type; if keyword
-        arguments are no dictionary, or ask for a frame in parts; below Prefect 0.11 without a path.
+        If one of these cannot be used, or the path tells no file type.
 
     Examples
     --------
@@ -599,17 +559,18 @@ class PandasResult(_Storage):
             if not isinstance(given, (dict, type(None))):
                 raise TypeError(f"{name} of the path {path!r} is no dictionary: {given!r}.")
         if {"chunksize", "iterator"}.intersection(read_kwargs or ()):
-            raise ValueError(
-                f"read_kwargs of the path {path!r} ask for a frame in parts, by chunksize or "
-                "iterator. A result is one frame: leave them out, or map over a path for each part."
-            )
+            what = "chunksize or iterator, for a frame in parts, but a result is one frame"
+            raise ValueError(f"read_kwargs of the path {path!r} have {what}.")
         super().__init__(**kwargs)
-        self.location: Any = None if path is None or callable(path) else _check_path(path)
+        self.location: Any = None if path is None or callable(path) else _Template(path).path
         self._formatter = path if callable(path) else None
-        self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
-        _ = self.file_type  # It raises if there is no such type.
+        self._file_type = file_type
+        #: the type that was given or that the path tells, None as long as there is neither
+        self.file_type: Optional[str] = None
+        if file_type is not None or self.location is not None:
+            self.file_type = _check_file_type(file_type, self.location)
 
     def __repr__(self):
         return f"<{type(self).__name__}: {self.path}>"
@@ -618,12 +579,6 @@ class PandasResult(_Storage):
     def path(self) -> Union[str, Callable[..., str], None]:
         """str or callable: the template of the path."""
         return self.location or self._formatter
-
-    @property
-    def file_type(self) -> Optional[str]:
-        """str: the type that was given or that the path tells, None as long as there is neither."""
-        is_known = self._file_type is not None or self.location is not None
-        return _check_file_type(self._file_type, self.location) if is_known else None
 
     @property
     def value(self) -> Any:
@@ -647,24 +602,21 @@ class PandasResult(_Storage):
         # What is in a file is read where it is needed: a place travels, not a frame.
         return vars(self) if self._place is None else dict(vars(self), _value=None)
 
-    # The contract of Prefect's `Result`, and of its `ResultHandler`.
+    # The contract of Prefect's `Result`, and of its `ResultHandler`. Without a location it is that
+    # which these fields fill.
 
     def format(self, **kwargs: Any) -> "PandasResult":
-        """As Prefect's: a copy with the location for these fields."""
         return _stored(self, self._fill(kwargs), self.value)
 
     def exists(self, location: str, **kwargs: Any) -> bool:
-        """As Prefect's: whether the file is there."""
         return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
 
     def read(self, location: Optional[str] = None, input_mapping: Any = None) -> Any:
-        """As Prefect's; without a location, that for these fields."""
         location = self._fill(input_mapping or {}) if location is None else location
         frame = self._load(location)
         return _stored(self, location, frame) if _HAS_LOCATIONS else frame
 
     def write(self, value_: Any, input_mapping: Any = None, **kwargs: Any) -> Any:
-        """As Prefect's, to the location for these fields."""
         if self._puts_off:
             self._is_wanted = True
             return self.from_value(value_) if _HAS_LOCATIONS else None
@@ -680,18 +632,21 @@ class PandasResult(_Storage):
         context = dict(prefect.context)
         given = ChainMap(values, context.get("parameters") or {})
         if callable(path):
-            return _check_path(path(**ChainMap(given, context)))
+            return _Template(path(**ChainMap(given, context))).path
         # In Prefect's context None means that there is no such thing.
         known = {name: value for name, value in context.items() if value is not None}
         return _Template(path).fill(ChainMap(given, known), mapped)
 
     @property
     def _storage_options(self):
-        options = self.write_kwargs.get("storage_options") or {}
-        return dict(options, **(self.read_kwargs.get("storage_options") or {}))
+        return {**self.write_kwargs, **self.read_kwargs}.get("storage_options") or {}
 
     def _load(self, location):
-        with _existing_file(location, self._storage_options) as path:
+        filesystem, path = _filesystem(location, self._storage_options)
+        with tempfile.TemporaryDirectory() as folder:
+            if filesystem is not None:
+                remote, path = path, os.path.join(folder, os.path.basename(path))
+                _on_file(filesystem, "get", remote, path)
             frame = self._call_pandas(_READ, location, path)
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(f"{location} holds a {type(frame).__name__}, not a pandas DataFrame.")
@@ -718,36 +673,32 @@ class PandasResult(_Storage):
         return f"{place} is there, but {reason}. It is now {aside}" if aside else f"{place} is gone"
 
     def _save(self, frame, location):
-        """Write a frame. Return whether its file gives back this frame, as far as was looked.
-
-        False means that something does not come back, of which there was a WARNING.
-        """
+        """Write a frame. Return whether its file gives it back, as far as was looked."""
         if not isinstance(frame, pandas.DataFrame):
             what = type(frame).__name__
             raise TypeError(f"{location} is for a pandas DataFrame, but the task returned {what}.")
-        file_type = _check_file_type(self._file_type, location)
         with _new_file(location, self._storage_options) as path:
             try:
-                reason = "pandas refuses it"
+                what = "written"
                 self._call_pandas(_WRITE, location, frame, path)
-                reason = "it could not be read back"
                 if os.path.isdir(path):
-                    raise IsADirectoryError("it is a folder, but a result is one file")
+                    raise IsADirectoryError("it would be a folder, but a result is one file")
+                what = "read back"
                 losses = self._losses_in(path, location, frame)
             except Exception as exc:
                 if not _is_damage(exc):
                     raise
                 raise ValueError(
-                    f"{location} was not written, since {reason}: {type(exc).__name__}: {exc}. Use "
-                    f"{'pickle' if file_type in _KEEP_BY_TYPE else 'parquet or pickle'}, or other "
-                    "keyword arguments."
+                    f"{location} was not written, since it could not be {what}: "
+                    f"{type(exc).__name__}: {exc}. Use pickle, or other keyword arguments."
                 ) from exc
-        self._log("Wrote %s", _absolute(location))
+        place = _absolute(location)
+        self._log("Wrote %s", place)
         new = [loss for loss in losses if not _is_said(self.path or location, loss)]
         if new:
-            some = "; ".join([*new[:5], *(["and more"] if len(new) > 5 else [])])
-            text = f"%s does not keep all of the frame: %s. {_remedy(file_type, frame, losses)}"
-            self._log(text, _absolute(location), some, level="warning")
+            remedy = _remedy(_check_file_type(self._file_type, location), frame, losses)
+            text = "%s does not keep all of the frame: %s. %s"
+            self._log(text, place, "; ".join(new[:5]), remedy, level="warning")
         return not losses
 
     def _losses_in(self, path, location, frame):
@@ -1203,7 +1154,7 @@ class DSTaskRunner(TaskRunner):
             # Prefect puts the task's target into it, and other tasks may have the same one.
             self.storage = copy.copy(storage)
         elif isinstance(storage, PandasResult):
-            setattr(self, _STORAGE, _no_storage())
+            setattr(self, _STORAGE, Result() if _HAS_LOCATIONS else None)
 
     @functools.wraps(TaskRunner.run)  # Prefect makes loops by an attribute of this function.
     def run(self, *args, **kwargs):
