@@ -328,15 +328,6 @@ def _losses(frame, restored):
     return losses
 
 
-def _sample(frame):
-    """Some rows of a frame, from the first to the last one."""
-    sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
-    has_frequency = getattr(frame.index, "freq", None) is not None
-    if has_frequency or frame.index.equals(pandas.RangeIndex(len(frame))):
-        sample.index = frame.index[: len(sample)]  # It stays as regular as it was.
-    return sample
-
-
 def _remedy(file_type, frame, losses):
     """What to do so that a file of this type keeps what was lost."""
     index, header = (list(range(labels.nlevels)) for labels in (frame.index, frame.columns))
@@ -416,20 +407,23 @@ def _stat(path, storage_options):
     return modified, size
 
 
+#: In the names of the hidden folders in which processes on this host write.
+_MARK = f"~{socket.gethostname().partition('.')[0]}-"
+
+
 @contextmanager
 def _new_file(path, storage_options):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
-    A local file is written in a hidden folder beside its place, under its own name, which pandas
-    writes into archives, and then renamed, as Luigi's `AtomicLocalFile` does:
-    http://luigi.readthedocs.io/en/stable/api/luigi.local_target.html
+    It is in a hidden folder, for a local file beside its place, and has its name, which pandas
+    writes into archives. Then it is renamed, or uploaded.
     """
     filesystem, path = _filesystem(path, storage_options)
     folder, name = os.path.split(path)
     if filesystem is None:
         os.makedirs(folder, exist_ok=True)
         _remove_leftovers(folder)
-    prefix = f".{name[:50]}{_mark_of(os.getpid())}"
+    prefix = f".{name[:50]}{_MARK}{os.getpid()}-"
     hidden = tempfile.mkdtemp(prefix=prefix, dir=folder if filesystem is None else None)
     partial = os.path.join(hidden, name)
     try:
@@ -444,15 +438,11 @@ def _new_file(path, storage_options):
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _mark_of(pid):
-    return f"~{socket.gethostname().partition('.')[0]}-{pid}-"
-
-
 @functools.lru_cache(maxsize=1000)
 def _remove_leftovers(folder):
     """Remove, once per folder, what writers on this host left behind when they were killed."""
     for name in os.listdir(folder):
-        pid = re.match(r"\..*" + _mark_of(r"(\d+)"), name)
+        pid = re.match(rf"\..*{_MARK}(\d+)-", name)
         if pid and not psutil.pid_exists(int(pid.group(1))):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
@@ -472,16 +462,6 @@ def _set_aside(path, storage_options):
     except FileNotFoundError:
         return None
     return aside
-
-
-def _is_damage(error):
-    """Whether an error is due to what is read or written, and not to where and how that is done."""
-    if isinstance(error, OSError):
-        is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        # Libraries raise it for what they read, too, but have no number for it.
-        return is_gone or not (error.errno or isinstance(error, ConnectionError))
-    is_call = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
-    return not (is_call or isinstance(error, (ImportError, MemoryError)))
 
 
 # The storage of a task, which is read when it is needed --------------------------------------
@@ -555,9 +535,6 @@ class PandasResult(_Storage):
         **kwargs: Any,
     ) -> None:
         path = kwargs.pop("location", None) if path is None else path
-        for name, given in [("read_kwargs", read_kwargs), ("write_kwargs", write_kwargs)]:
-            if not isinstance(given, (dict, type(None))):
-                raise TypeError(f"{name} of the path {path!r} is no dictionary: {given!r}.")
         if {"chunksize", "iterator"}.intersection(read_kwargs or ()):
             what = "chunksize or iterator, for a frame in parts, but a result is one frame"
             raise ValueError(f"read_kwargs of the path {path!r} have {what}.")
@@ -585,8 +562,7 @@ class PandasResult(_Storage):
         """pandas.DataFrame: read from its file if it is not at hand, and if it is to be read."""
         value, place = self._value, self._place  # Another thread may let go of it.
         reads = getattr(_in_thread, "reads", None)
-        is_asked_for = self._is_open if reads is None else reads
-        if value is not None or place is None or not is_asked_for:
+        if value is not None or place is None or not (self._is_open if reads is None else reads):
             return value
         with _read_locks[hash(place) % len(_read_locks)]:
             value = self._value if self._value is not None else self._load_later(place)
@@ -664,9 +640,13 @@ class PandasResult(_Storage):
 
     def _put_aside(self, place, error):
         """Set a file aside that cannot be read, and say so; raise the error if the file is fine."""
+        is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        # Libraries raise an OSError for what they read, too, but have no number for it.
+        is_of_system = getattr(error, "errno", None) or isinstance(error, ConnectionError)
+        # A damaged pickle may look for any module, and ask for any amount of memory.
         is_pickle = _check_file_type(self._file_type, place) == "pickle"
-        # A damaged pickle may ask for any amount of memory.
-        if not (_is_damage(error) or (is_pickle and isinstance(error, MemoryError))):
+        is_of_process = isinstance(error, (ImportError, MemoryError)) and not is_pickle
+        if not is_gone and (is_of_system or is_of_process or "keyword argument" in str(error)):
             raise error
         aside = _set_aside(place, self._storage_options)
         reason = f"cannot be read ({type(error).__name__}: {error})"
@@ -682,12 +662,12 @@ class PandasResult(_Storage):
                 what = "written"
                 self._call_pandas(_WRITE, location, frame, path)
                 if os.path.isdir(path):
-                    raise IsADirectoryError("it would be a folder, but a result is one file")
+                    raise ValueError("pandas made a folder, but a result is one file")
                 what = "read back"
                 losses = self._losses_in(path, location, frame)
+            except (OSError, ImportError, MemoryError):
+                raise
             except Exception as exc:
-                if not _is_damage(exc):
-                    raise
                 raise ValueError(
                     f"{location} was not written, since it could not be {what}: "
                     f"{type(exc).__name__}: {exc}. Use pickle, or other keyword arguments."
@@ -706,11 +686,14 @@ class PandasResult(_Storage):
         file_type = _check_file_type(self._file_type, location)
         if file_type == "pickle":
             return []
-        is_large = file_type in _KEEP_BY_TYPE or frame.size > _MAX_CELLS
-        if is_large and len(frame) > _SAMPLE_ROWS:
+        if len(frame) > _SAMPLE_ROWS and (file_type in _KEEP_BY_TYPE or frame.size > _MAX_CELLS):
+            sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
+            index = frame.index
+            if getattr(index, "freq", None) or index.equals(pandas.RangeIndex(len(frame))):
+                sample.index = index[:_SAMPLE_ROWS]  # It stays as regular as it was.
             # Keyword arguments may ask for more than the sample has.
             with suppress(Exception), tempfile.TemporaryDirectory() as folder:
-                sample, small = _sample(frame), os.path.join(folder, os.path.basename(path))
+                small = os.path.join(folder, os.path.basename(path))
                 self._call_pandas(_WRITE, location, sample, small)
                 return _losses(sample, self._call_pandas(_READ, location, small))
         return _losses(frame, self._call_pandas(_READ, location, path))

@@ -709,8 +709,6 @@ REFUSED = [
     ("data.csv", {"file_type": "cvs"}, "no file type 'cvs'.*csv.*parquet"),
     ("data_{0}.csv", {}, "need names"), ("{a.csv", {}, r"'\{a.csv' is no template for str.format"),
     (Path("s3://bucket/data.csv"), {}, "pass a str"),
-    ("a.csv", {"read_kwargs": "a"}, "read_kwargs of the path 'a.csv'"),
-    ("a.csv", {"write_kwargs": [1]}, "write_kwargs of the path 'a.csv'"),
     ("a.csv", {"read_kwargs": {"chunksize": 3}}, "'a.csv'.*chunksize"),
     ("a.csv", {"read_kwargs": {"iterator": True}}, "'a.csv'.*iterator"),
 ]
