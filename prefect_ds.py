@@ -297,24 +297,21 @@ def _check_column(one, other):
             raise AssertionError("values differ in digits that are not shown")
 
 
-#: What a frame is besides its columns one by one: how to compare it, and how to get it.
-_PARTS = {
-    "its class": (assert_equal, type),
-    "its attrs": (assert_equal, lambda frame: getattr(frame, "attrs", None)),
-    "the index": (assert_index_equal, lambda frame: frame.index),
-    "the frequency": (assert_equal, lambda frame: getattr(frame.index, "freq", None)),
-    "the columns": (assert_index_equal, lambda frame: frame.columns),
-}
-
-
 def _losses(frame, restored):
     """Say, in sentences, what differs in a frame that was written and read back."""
-    pairs = [(name, check, of(frame), of(restored)) for name, (check, of) in _PARTS.items()]
+    frames = (frame, restored)
+    pairs = [
+        ("its class", assert_equal, *map(type, frames)),
+        ("its attrs", assert_equal, *(getattr(each, "attrs", None) for each in frames)),
+        ("the index", assert_index_equal, *(each.index for each in frames)),
+        ("the frequency", assert_equal, *(getattr(each.index, "freq", None) for each in frames)),
+        ("the columns", assert_index_equal, *(each.columns for each in frames)),
+    ]
     if len(frame) == len(restored) and frame.columns.equals(restored.columns):
         restored.index = frame.index
         for n, name in enumerate(frame.columns):
-            both = frame.iloc[:, n], restored.iloc[:, n]
-            pairs.append((f"column {name!r}", _check_column, *both))
+            columns = (each.iloc[:, n] for each in frames)
+            pairs.append((f"column {name!r}", _check_column, *columns))
     losses = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -337,8 +334,7 @@ def _remedy(file_type, frame, losses):
     helps = [
         ("csv excel html", loses_index, keep_index % (index if len(index) > 1 else 0)),
         ("csv excel html", len(header) > 1, f"read_kwargs={{'header': {header}}}"),
-        ("csv", loses_types, "read_kwargs={'dtype': {...}, 'parse_dates': [...]}"),
-        ("excel", loses_types, "read_kwargs={'dtype': {...}}"),
+        ("csv excel", loses_types, "read_kwargs={'dtype': {...}, 'parse_dates': [...]}"),
         ("json", loses_types, "read_kwargs={'dtype': {...}, 'convert_dates': [...]}"),
     ]
     found = [help for types, is_lost, help in helps if is_lost and file_type in types.split()]
@@ -543,6 +539,9 @@ class PandasResult(_Storage):
         self._formatter = path if callable(path) else None
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
+        both = {**self.read_kwargs, **self.write_kwargs}  # These need not be given twice.
+        self._key = {"key": both["key"]} if "key" in both else {}
+        self._storage_options = both.get("storage_options") or {}
         self._file_type = file_type
         #: the type that was given or that the path tells, None as long as there is neither
         self.file_type: Optional[str] = None
@@ -612,10 +611,6 @@ class PandasResult(_Storage):
         # In Prefect's context None means that there is no such thing.
         known = {name: value for name, value in context.items() if value is not None}
         return _Template(path).fill(ChainMap(given, known), mapped)
-
-    @property
-    def _storage_options(self):
-        return {**self.write_kwargs, **self.read_kwargs}.get("storage_options") or {}
 
     def _load(self, location):
         filesystem, path = _filesystem(location, self._storage_options)
@@ -706,9 +701,7 @@ class PandasResult(_Storage):
         several = [defaults]
         if file_type == "csv" and direction == _READ:
             several.insert(0, {**defaults, **_C_DEFAULTS})
-        both = {**self.read_kwargs, **self.write_kwargs}
-        kwargs = {"key": both["key"]} if "key" in both else {}  # It need not be given twice.
-        kwargs.update((self.read_kwargs, self.write_kwargs)[direction])
+        kwargs = {**self._key, **(self.read_kwargs, self.write_kwargs)[direction]}
         kwargs.pop("storage_options", None)
         refused: Any = None
         for defaults in (*filter(None, several), {}):
