@@ -125,6 +125,7 @@ def _stored(storage, location, frame):
 
 
 def _location_of(result):
+    """Where a result is stored; None if it is not."""
     return result.location if _HAS_LOCATIONS else result.safe_value.value
 
 
@@ -198,21 +199,13 @@ def _absolute(path):
 
 # How a frame is stored: what pandas can read and write ---------------------------------------
 
-
-def _find_file_types():
-    """Ask the installed pandas for its pairs of `read_*` and `to_*` that take a path."""
-    found = {}
-    for name in dir(pandas):
-        prefix, _, file_type = name.partition("_")
-        writer = getattr(pandas.DataFrame, "to_" + file_type, None)
-        if prefix == "read" and writer is not None:
-            target = list(inspect.signature(writer).parameters)[1]
-            if re.search("path|buf|fname|writer", target):
-                found[file_type] = (getattr(pandas, name), writer)
-    return found
-
-
-_FILE_TYPES = _find_file_types()
+#: The pairs of `read_*` and `to_*` of the installed pandas, but those that take no path.
+_FILE_TYPES = {
+    name[5:]: (getattr(pandas, name), getattr(pandas.DataFrame, "to_" + name[5:]))
+    for name in dir(pandas)
+    if name.startswith("read_") and hasattr(pandas.DataFrame, "to_" + name[5:])
+    if name[5:] not in ("clipboard", "gbq", "iceberg", "sql")
+}
 
 #: What is first in a pair, and what is second.
 _READ, _WRITE = 0, 1
@@ -384,10 +377,7 @@ def _on_file(filesystem, command, *paths):
 
 
 def _stat(path, storage_options):
-    """When a local file was written, in seconds since 1970, and the bytes of a file anywhere.
-
-    None if there is no such file.
-    """
+    """When a local file was written, and the bytes of any file; None if it is not there."""
     filesystem, path = _filesystem(path, storage_options)
     try:
         if filesystem is None:
@@ -461,7 +451,6 @@ def _set_aside(path, storage_options):
 
 
 # The storage of a task, which is read when it is needed --------------------------------------
-
 
 #: `reads`: what results do in this thread when they are asked for their value. None: no flow run of
 #: ours is under way. False: Prefect hands results on. True: somebody really reads.
