@@ -528,7 +528,7 @@ class PandasResult(_Storage):
         self._formatter = path if callable(path) else None
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
-        both = {**self.read_kwargs, **self.write_kwargs}  # These need not be given twice.
+        both = {**self.write_kwargs, **self.read_kwargs}  # These need not be given twice.
         self._key = {"key": both["key"]} if "key" in both else {}
         self._storage_options = both.get("storage_options") or {}
         self._file_type = file_type
