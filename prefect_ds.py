@@ -271,11 +271,8 @@ def _check_file_type(file_type, path):
 
 # What a file does not keep -------------------------------------------------------------------
 
-#: File types that keep values by the types of their columns; others keep each value's text.
-_KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet")
-
-#: Of these, and of frames with more cells, so many rows are written once more and read back, to see
-#: what their file does not keep; all others are read back whole.
+#: Of frames with more cells, so many rows are written once more and read back, to see what their
+#: file does not keep; others are read back whole.
 _MAX_CELLS, _SAMPLE_ROWS = 100_000, 300
 
 
@@ -331,8 +328,9 @@ def _remedy(file_type, frame, losses):
         ("json", loses_types, "read_kwargs={'dtype': {...}, 'convert_dates': [...]}"),
     ]
     found = [help for types, is_lost, help in helps if is_lost and file_type in types.split()]
-    other = f"the file type {'pickle' if file_type in _KEEP_BY_TYPE else 'parquet'}"
-    return f"To keep it, try {', or '.join(filter(None, (' with '.join(found), other)))}."
+    other = "pickle" if file_type in ("feather", "hdf", "orc", "parquet") else "parquet"
+    either = " with ".join(found) + ", or " if found else ""
+    return f"To keep it, try {either}the file type {other}."
 
 
 #: What was said in this process, once for each path and loss, or task.
@@ -550,7 +548,8 @@ class PandasResult(_Storage):
         """pandas.DataFrame: read from its file if it is not at hand, and if it is to be read."""
         value, place = self._value, self._place  # Another thread may let go of it.
         reads = getattr(_in_thread, "reads", None)
-        if value is not None or place is None or not (self._is_open if reads is None else reads):
+        is_asked_for = self._is_open if reads is None else reads
+        if value is not None or place is None or not is_asked_for:
             return value
         with _read_locks[hash(place) % len(_read_locks)]:
             value = self._value if self._value is not None else self._load_later(place)
@@ -640,7 +639,7 @@ class PandasResult(_Storage):
         """Write a frame. Return whether its file gives it back, as far as was looked."""
         if not isinstance(frame, pandas.DataFrame):
             what = type(frame).__name__
-            raise TypeError(f"{location} is for a pandas DataFrame, but the task returned {what}.")
+            raise TypeError(f"{location} stores a pandas DataFrame, but the task returned {what}.")
         with _new_file(location, self._storage_options) as path:
             try:
                 what = "written"
@@ -667,10 +666,9 @@ class PandasResult(_Storage):
 
     def _losses_in(self, path, location, frame):
         """What the file at `path` does not keep of the frame, as far as was looked."""
-        file_type = _check_file_type(self._file_type, location)
-        if file_type == "pickle":
+        if _check_file_type(self._file_type, location) == "pickle":
             return []
-        if len(frame) > _SAMPLE_ROWS and (file_type in _KEEP_BY_TYPE or frame.size > _MAX_CELLS):
+        if frame.size > _MAX_CELLS and len(frame) > _SAMPLE_ROWS:
             sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
             index = frame.index
             if getattr(index, "freq", None) or index.equals(pandas.RangeIndex(len(frame))):

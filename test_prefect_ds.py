@@ -2268,7 +2268,7 @@ def test_a_retry_in_another_process_without_its_input(value, storage, backend, l
 @from_0_12
 @pytest.mark.parametrize("retries", [0, 1])
 @pytest.mark.parametrize(
-    "path, message", [("{i}.csv", "stores a pandas DataFrame"), ("{y}.csv", "'y' is missing")]
+    "path, message", [("{i}.csv", "stores a pandas DataFrame"), ("{y}.csv", "KeyError: 'y'")]
 )
 def test_a_checkpoint_that_fails_is_reported_once(path, message, retries, backend):
     heard = []
