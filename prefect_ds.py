@@ -1,28 +1,12 @@
 """Checkpoints for pandas DataFrames, and flows that free what nobody needs, for Prefect < 2.
 
-The entry points, in the order in which data goes through them:
+`checkpoint_handler` asks the `DSTaskRunner` for the task's file. If it is there, the state gets a
+`PandasResult` without a value, which is read when a task that runs, or the user, asks for it. Else
+the task runs, and `PandasResult` writes what it returns. `_Run`, the heart of `DSFlowRunner`, puts
+the calls of a flow run in order, and lets go of each result when nobody will read it any more. A
+place (`_Here`, `_InThreads`, `_InProcesses`, `_OnCluster`) is where the calls run.
 
-`PandasResultHandler`, `PandasResult`
-    One class under two names: where and how a task's DataFrame is stored.
-`checkpoint_handler`
-    A state handler: a task whose file is there is not run; else it runs and its file is written.
-`DSTaskRunner`
-    A `TaskRunner` that lets the task's arguments fill the template in the path.
-`DSFlowRunner`
-    A `FlowRunner` that drops each result as soon as its last reader has finished.
-`DSExecutor`
-    An `Executor` that does all this where Prefect chooses the runners: under Server and Cloud.
-`PurgedResult`
-    What a dropped result is replaced with.
-
-The way of a frame: `checkpoint_handler` asks the `DSTaskRunner` for the task's file. If it is
-there, the state gets a `PandasResult` without a value, which is read when a task that runs, or the
-user, asks for it. Else the task runs, and `PandasResult` writes what it returns. `_Run` puts the
-calls of a flow run in order, and lets go of each result when nobody will read it any more. A place
-(`_Here`, `_InThreads`, `_InProcesses`, `_OnCluster`) is where the calls run.
-
-The internals of Prefect that this file relies on are listed, and held, by
-`test_touches_only_these_internals` in `test_prefect_ds.py`.
+The internals of Prefect that this relies on are listed by `test_touches_only_these_internals`.
 """
 
 import concurrent.futures
@@ -60,6 +44,7 @@ import numpy
 import pandas
 import prefect
 import psutil
+from numpy.testing import assert_equal
 from pandas.testing import assert_index_equal, assert_series_equal
 from prefect.core import Edge, Flow, Task
 from prefect.engine import flow_runner as _prefect_flow_runner
@@ -96,8 +81,9 @@ __all__ = [
 #: From 0.11 on a task keeps a `Result`, which knows its location; before, a `ResultHandler`.
 _HAS_LOCATIONS = "result_handler" not in inspect.signature(TaskRunner.__init__).parameters
 
-#: The attribute under which flows, tasks, and task runners have their storage.
+#: The attribute under which flows, tasks, and task runners have their storage, and its class.
 _STORAGE = "result" if _HAS_LOCATIONS else "result_handler"
+_Storage: Any = Result if _HAS_LOCATIONS else prefect.engine.result_handlers.ResultHandler
 
 #: Tasks opt out of checkpoints by `checkpoint=False`; not where that is the default (0.9.0).
 _CAN_OPT_OUT = "checkpoint" not in prefect.config.tasks.defaults
@@ -123,101 +109,77 @@ if hasattr(prefect.tasks.core, "resource_manager"):
         prefect.tasks.core.resource_manager.ResourceCleanupTask,
     )
 
-if _HAS_LOCATIONS:
-    _Storage: Any = Result
 
-    def _stored(storage, location, frame):
+def _stored(storage, location, frame):
+    """A result that has a frame, and knows its location."""
+    if _HAS_LOCATIONS:
         result = copy.copy(storage)
         result.location, result.value = location, frame
-        return result
-
-    def _location_of(result):
-        return result.location
-
-else:
-    from prefect.engine.result import SafeResult
-    from prefect.engine.result_handlers import ResultHandler
-
-    _Storage = ResultHandler
-
-    def _stored(storage, location, frame):
+    else:
         result = Result(frame, result_handler=storage)
-        result.safe_value = SafeResult(location, result_handler=storage)
-        return result
+        result.safe_value = prefect.engine.result.SafeResult(location, result_handler=storage)
+    return result
 
-    def _location_of(result):
-        safe = getattr(result, "safe_value", NoResult)
-        return safe.value if safe != NoResult else None
+
+def _location_of(result):
+    """Where a result is stored; None if it is not."""
+    return result.location if _HAS_LOCATIONS else result.safe_value.value
 
 
 # Where a frame is stored: the template in the path -------------------------------------------
-
-#: What never fills a field: its text would be the name of the file.
-_ARRAYS = (pandas.DataFrame, pandas.Series, pandas.Index, numpy.ndarray)
 
 
 class _Template(string.Formatter):
     """A path with fields, filled as by `str.format`, but never with a value that leads astray."""
 
     def __init__(self, path):
-        self.path = path
+        self.path = path = os.fspath(path)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
+            raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
         try:
             parts = list(self.parse(path))
         except ValueError as exc:
             raise ValueError(f"The path {path!r} is no template for str.format: {exc}.") from exc
         names = [name for _, name, _, _ in parts if name is not None]
         #: names of the fields, without attributes and items
-        self.fields = sorted({re.split(r"[.\[]", name)[0] for name in names})
+        self.fields = {re.split(r"[.\[]", name)[0] for name in names}
+        if not all(name[:1].isidentifier() for name in self.fields):
+            raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
         # What stands before the first field: no value may lead out of its folder.
         first = next((n for n, part in enumerate(parts) if part[1] is not None), len(parts) - 1)
         self.folder = os.path.dirname("".join(part[0] for part in parts[: first + 1]))
 
-    def fill(self, values):
+    def fill(self, values, mapped=()):
+        """The path with these values; `mapped` are the arguments that a task is mapped over."""
+        distinct = {"map_index", "task_full_name", "task_run_id", "task_run_name", *mapped}
+        if mapped and not distinct.intersection(self.fields):
+            raise ValueError(
+                f"The path {self.path!r} is the same for every child of this mapped task. These "
+                f"fields would tell them apart: {', '.join(sorted(distinct))}."
+            )
         try:
             filled = self.vformat(self.path, (), values)
         except Exception as exc:
-            is_missing = isinstance(exc, KeyError) and exc.args[0] in self.fields
-            reason = f"the field {exc} is missing" if is_missing else f"{type(exc).__name__}: {exc}"
-            known = ", ".join(sorted(map(str, values)))
             raise ValueError(
-                f"The path {self.path!r} cannot be filled: {reason}. There are the fields: {known}."
+                f"The path {self.path!r} cannot be filled: {type(exc).__name__}: {exc}. There are "
+                f"the fields: {', '.join(sorted(map(str, values)))}."
             ) from exc
-        if self.fields and not _is_inside(self.folder, filled):
+        folder = os.path.join(_absolute(self.folder), "")
+        goes_up = _is_url(filled) and "/../" in f"{filled}/"
+        if self.fields and (goes_up or not _absolute(filled).startswith(folder)):
             raise ValueError(
-                f"The path {self.path!r} became {filled!r}, which leads out of the folder "
-                f"{self.folder or os.curdir!r} that it names. Nothing was read or written. Write "
-                "that folder into the path, or clean the value."
+                f"The path {self.path!r} became {filled!r}, which leads out of the folder {folder} "
+                "that it names. Write that folder into the path, or clean the value."
             )
         return filled
 
-    def get_value(self, key, args, kwargs):
-        return kwargs[key]
-
     def get_field(self, field_name, args, kwargs):
         value, used = super().get_field(field_name, args, kwargs)
-        if isinstance(value, _ARRAYS):
+        if isinstance(value, (pandas.DataFrame, pandas.Series, pandas.Index, numpy.ndarray)):
             raise TypeError(
-                f"the field {field_name!r} is a {type(value).__name__}, whose text names no file; "
-                "use another argument, or an attribute such as {frame.name}"
+                f"the field {field_name!r} is a {type(value).__name__}, whose text names no file"
             )
         return value, used
-
-    def check_distinct(self, mapped):
-        """Raise if it names nothing that tells apart the children of a mapped task."""
-        distinct = {"map_index", "task_full_name", "task_run_id", "task_run_name", *mapped}
-        if not distinct.intersection(self.fields):
-            raise ValueError(
-                f"The path {self.path!r} is the same for every child of this mapped task, so "
-                "that they would share one file. These fields would tell them apart: "
-                f"{', '.join(sorted(distinct))}."
-            )
-
-
-def _is_inside(folder, path):
-    if _is_url(path):
-        below = path[len(folder) :] if _is_url(folder) and path.startswith(folder + "/") else ".."
-        return os.pardir not in below.split("/")
-    return _absolute(path).startswith(os.path.join(_absolute(folder), ""))
 
 
 def _is_url(path):
@@ -232,34 +194,18 @@ def _absolute(path):
     return os.path.abspath(os.path.expanduser(re.sub("^(file|local)://", "", path)))
 
 
-def _check_path(path):
-    path = os.fspath(path)
-    if not isinstance(path, str):
-        raise TypeError(f"A path is a str or a PathLike of str, not {path!r}.")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", path):
-        raise ValueError(f"{path!r} was a URL before pathlib took a slash: pass a str.")
-    if not all(name[:1].isidentifier() for name in _Template(path).fields):
-        raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
-    return path
-
-
 # How a frame is stored: what pandas can read and write ---------------------------------------
 
+#: The pairs of `read_*` and `to_*` of the installed pandas, but those that take no path.
+_FILE_TYPES = {
+    name[5:]: (getattr(pandas, name), getattr(pandas.DataFrame, "to_" + name[5:]))
+    for name in dir(pandas)
+    if name.startswith("read_") and hasattr(pandas.DataFrame, "to_" + name[5:])
+    if name[5:] not in ("clipboard", "gbq", "iceberg", "sql")
+}
 
-def _find_file_types():
-    """Ask the installed pandas for its pairs of `read_*` and `to_*` that take a path."""
-    found = {}
-    for name in dir(pandas):
-        prefix, _, file_type = name.partition("_")
-        writer = getattr(pandas.DataFrame, "to_" + file_type, None)
-        if prefix == "read" and writer is not None:
-            target = list(inspect.signature(writer).parameters)[1]
-            if re.search("path|buf|fname|writer", target):
-                found[file_type] = (getattr(pandas, name), writer)
-    return found
-
-
-_FILE_TYPES = _find_file_types()
+#: What is first in a pair, and what is second.
+_READ, _WRITE = 0, 1
 
 #: Extensions that are not the name of their file type.
 _EXTENSIONS = {
@@ -274,25 +220,23 @@ _EXTENSIONS = {
     "tsv": "csv",
 }
 
-_COMPRESSIONS = ("bz2", "gz", "gzip", "xz", "zip", "zst")
-
 _WORDS_STAY = {"keep_default_na": False, "na_values": [""]}
 
-_BY_LINES = ({"double_precision": 15, "orient": "records", "lines": True}, {"lines": True})
+_BY_LINES = ({"lines": True}, {"double_precision": 15, "orient": "records", "lines": True})
 
-#: What makes a frame come back as it was: keyword arguments of the writer, and of the reader, by
+#: What makes a frame come back as it was: keyword arguments of the reader, and of the writer, by
 #: extension or else by file type. Where pandas refuses them, it gets none of them.
 _DEFAULTS: dict = {
-    "csv": ({"index": False}, _WORDS_STAY),
-    "excel": ({"index": False}, _WORDS_STAY),
-    "hdf": ({"key": "data", "mode": "w"}, {"key": "data"}),
-    "html": ({"index": False, "float_format": str, "na_rep": ""}, _WORDS_STAY),
-    "json": ({"double_precision": 15}, {"precise_float": True}),
+    "csv": (_WORDS_STAY, {"index": False}),
+    "excel": (_WORDS_STAY, {"index": False}),
+    "hdf": ({"key": "data"}, {"key": "data", "mode": "w"}),
+    "html": (_WORDS_STAY, {"index": False, "float_format": str, "na_rep": ""}),
+    "json": ({"precise_float": True}, {"double_precision": 15}),
     "jsonl": _BY_LINES,
     "ndjson": _BY_LINES,
-    "stata": ({"write_index": False}, {}),
-    "tsv": ({"index": False, "sep": "\t"}, {**_WORDS_STAY, "sep": "\t"}),
-    "xml": ({"index": False}, {}),
+    "stata": ({}, {"write_index": False}),
+    "tsv": ({**_WORDS_STAY, "sep": "\t"}, {"index": False, "sep": "\t"}),
+    "xml": ({}, {"index": False}),
 }
 
 #: What the parser in C of `read_csv` takes besides, and no other: one type for a whole column, and
@@ -301,142 +245,89 @@ _C_DEFAULTS: dict = {"low_memory": False}
 if int(pandas.__version__.split(".")[0]) < 3:
     _C_DEFAULTS["float_precision"] = "round_trip"
 
-
-def _extension_of(path):
-    extensions = os.path.basename(path).lower().split(".")[1:]
-    while extensions and extensions[-1] in _COMPRESSIONS:
-        extensions.pop()
-    return extensions[-1] if extensions else ""
-
-
-def _check_file_type(file_type, path):
-    """The name of a file type in lower case: the one given, or that which the extension tells."""
-    known = f"The installed pandas has: {', '.join(sorted(_FILE_TYPES))}."
-    if file_type is not None and file_type.lower() not in _FILE_TYPES:
-        raise ValueError(f"There is no file type {file_type!r}. {known}")
-    found = file_type or _EXTENSIONS.get(_extension_of(path), _extension_of(path))
-    if found.lower() not in _FILE_TYPES:
-        raise ValueError(f"The extension of {path!r} tells no file type; name one. {known}")
-    return found.lower()
-
-
 #: PyTables may end the process if two threads are in it.
 _hdf_lock = threading.RLock()
 
 
-def _call_pandas(function, args, several_defaults, kwargs):
-    """Call a reader or writer with the first of these defaults that pandas does not refuse."""
-    first = None
-    for defaults in (*filter(None, several_defaults), {}):
-        try:
-            with _hdf_lock if "hdf" in function.__name__ else nullcontext():
-                return function(*args, **{**defaults, **kwargs})
-        except (OSError, ImportError, MemoryError):
-            raise
-        except Exception as exc:
-            first = first or exc
-    raise first  # type: ignore[misc]
+def _extension_of(path):
+    """The extension in lower case, without the dot, and without those of compressions."""
+    name = re.sub(r"(\.(bz2|gz|gzip|xz|zip|zst))+$", "", os.path.basename(path).lower())
+    return os.path.splitext(name)[1][1:]
+
+
+def _check_file_type(file_type, path):
+    """The name of a file type in lower case: the one given, or that which the extension tells."""
+    found = (file_type or _EXTENSIONS.get(_extension_of(path), _extension_of(path))).lower()
+    if found not in _FILE_TYPES:
+        problem = f"The extension of {path!r} tells no file type; name one."
+        if file_type is not None:
+            problem = f"There is no file type {file_type!r}."
+        raise ValueError(f"{problem} The installed pandas has: {', '.join(sorted(_FILE_TYPES))}.")
+    return found
 
 
 # What a file does not keep -------------------------------------------------------------------
 
-#: File types that keep values by the types of their columns; others keep each value's text.
-_KEEP_BY_TYPE = ("feather", "hdf", "orc", "parquet")
-
-#: Of these, and of frames with more cells, so many rows are written once more and read back, to see
-#: what their file does not keep; all others are read back whole.
+#: Of frames with more cells, so many rows are written once more and read back, to see what their
+#: file does not keep; others are read back whole.
 _MAX_CELLS, _SAMPLE_ROWS = 100_000, 300
 
 
-def _sample(frame):
-    """The first rows of a frame, the last ones, and some in between."""
-    if len(frame) <= _SAMPLE_ROWS:
-        return frame
-    if getattr(frame.index, "freq", None) is not None:
-        return frame.iloc[:_SAMPLE_ROWS]  # Other rows have none.
-    third = _SAMPLE_ROWS // 3
-    between = numpy.linspace(third, len(frame) - third - 1, third).astype(int)
-    sample = frame.iloc[[*range(third), *between, *range(len(frame) - third, len(frame))]]
-    if frame.index.equals(pandas.RangeIndex(len(frame))):
-        sample.index = pandas.RangeIndex(len(sample), name=frame.index.name)
-    return sample
-
-
-def _losses(frame, restored):
-    """What differs in a frame that was written and read back, as pandas' own comparison says it.
-
-    Returns pairs: "rows", "index", "columns", "dtype", "values" or "frame", and a sentence.
-    """
-    losses = []
-
-    def compare(kind, name, function, one, other):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                function(one, other)
-        except (AssertionError, TypeError, ValueError) as exc:  # Arrays in a cell raise the last.
-            text = " ".join(str(exc).split())
-            text = text.replace("[left]:", "written:").replace("[right]:", "read back:")
-            kind = "dtype" if kind == "values" and 'Attribute "dtype"' in text else kind
-            losses.append((kind, f"{name}: {text[:250]}"))
-
-    def compare_columns(one, other):
-        if one.dtype == other.dtype == object:
-            one, other = one.where(one.notna(), None), other.where(other.notna(), None)
-            if list(map(type, one)) != list(map(type, other)):
-                raise AssertionError("the objects are of other types")
+def _check_column(one, other):
+    if one.dtype == other.dtype == object:
+        one, other = one.where(one.notna(), None), other.where(other.notna(), None)
+        if list(map(type, one)) != list(map(type, other)):
+            raise AssertionError("the objects are of other types")
+    if one.dtype != other.dtype or not one.equals(other):
         assert_series_equal(one, other)
         if not one.equals(other):
             raise AssertionError("values differ in digits that are not shown")
 
-    is_alike = len(frame) == len(restored) and frame.columns.equals(restored.columns)
-    if len(frame) != len(restored):
-        losses.append(("rows", f"of {len(frame)} rows {len(restored)} come back"))
-    else:
-        compare("index", "the index", assert_index_equal, frame.index, restored.index)
-    frequencies = [getattr(each.index, "freq", None) for each in (frame, restored)]
-    if frequencies[0] != frequencies[1]:
-        losses.append(("frame", f"the frequency {frequencies[0]} of the index is lost"))
-    compare("columns", "the columns", assert_index_equal, frame.columns, restored.columns)
-    if is_alike:
+
+def _losses(frame, restored):
+    """Say, in sentences, what differs in a frame that was written and read back."""
+    frames = (frame, restored)
+    pairs = [
+        ("its class", assert_equal, *map(type, frames)),
+        ("its attrs", assert_equal, *(getattr(each, "attrs", None) for each in frames)),
+        ("the index", assert_index_equal, *(each.index for each in frames)),
+        ("the frequency", assert_equal, *(getattr(each.index, "freq", None) for each in frames)),
+        ("the columns", assert_index_equal, *(each.columns for each in frames)),
+    ]
+    if len(frame) == len(restored) and frame.columns.equals(restored.columns):
         restored.index = frame.index
-    dtypes = list(frame.dtypes)
-    is_plain = object not in dtypes and dtypes == list(restored.dtypes)
-    if is_alike and not (is_plain and frame.equals(restored)):
-        for number, name in enumerate(frame.columns):
-            one, other = frame.iloc[:, number], restored.iloc[:, number]
-            if not (one.dtype == other.dtype != object and one.equals(other)):
-                compare("values", f"column {name!r}", compare_columns, one, other)
-    if getattr(frame, "attrs", None) and frame.attrs != getattr(restored, "attrs", None):
-        losses.append(("frame", "its attrs are lost"))
-    if type(frame) is not type(restored):
-        text = f"a {type(frame).__name__} comes back as a {type(restored).__name__}"
-        losses.append(("frame", text))
+        for n, name in enumerate(frame.columns):
+            columns = (each.iloc[:, n] for each in frames)
+            pairs.append((f"column {name!r}", _check_column, *columns))
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, check, one, other in pairs:
+            try:
+                check(one, other)
+            except Exception as exc:  # Arrays in a cell raise others than AssertionError.
+                text = " ".join(str(exc).split())
+                text = text.replace("[left]:", "written:").replace("[right]:", "read back:")
+                losses.append(f"{name}: {text[:250]}")
     return losses
 
 
-def _remedy(file_type, frame, kinds):
+def _remedy(file_type, frame, losses):
     """What to do so that a file of this type keeps what was lost."""
-    header = list(range(frame.columns.nlevels))
-    index = 0 if frame.index.nlevels == 1 else list(range(frame.index.nlevels))
-    has_dates = any(dtype.kind == "M" for dtype in frame.dtypes if hasattr(dtype, "kind"))
-    tries = []
-    if file_type in ("csv", "excel", "html"):
-        if "index" in kinds or (file_type == "excel" and len(header) > 1):
-            tries.append(
-                f"write_kwargs={{'index': True}} with read_kwargs={{'index_col': {index}}}"
-            )
-        if len(header) > 1:
-            tries.append(f"read_kwargs={{'header': {header}}}")
-        if "dtype" in kinds and file_type != "html":
-            dates = ", 'parse_dates': [...]" if has_dates and file_type == "csv" else ""
-            tries.append(f"read_kwargs={{'dtype': {{...}}{dates}}}")
-    elif file_type == "stata" and "index" in kinds:
-        tries.append("write_kwargs={'write_index': True} with read_kwargs={'index_col': ...}")
-    elif file_type == "json" and "dtype" in kinds:
-        tries.append("read_kwargs={'dtype': {...}, 'convert_dates': [...]}")
-    other = f"the file type {'pickle' if file_type in _KEEP_BY_TYPE else 'parquet'}"
-    return f"To keep it, try {', or '.join(filter(None, (' with '.join(tries), other)))}."
+    index, header = (list(range(labels.nlevels)) for labels in (frame.index, frame.columns))
+    loses_index = any(loss.startswith("the index") for loss in losses)
+    loses_types = any(re.match('column .*"dtype"', loss) for loss in losses)
+    keep_index = "write_kwargs={'index': True} with read_kwargs={'index_col': %s}"
+    helps = [
+        ("csv excel html", loses_index, keep_index % (index if len(index) > 1 else 0)),
+        ("csv excel html", len(header) > 1, f"read_kwargs={{'header': {header}}}"),
+        ("csv excel", loses_types, "read_kwargs={'dtype': {...}, 'parse_dates': [...]}"),
+        ("json", loses_types, "read_kwargs={'dtype': {...}, 'convert_dates': [...]}"),
+    ]
+    found = [help for types, is_lost, help in helps if is_lost and file_type in types.split()]
+    other = "pickle" if file_type in ("feather", "hdf", "orc", "parquet") else "parquet"
+    either = " with ".join(found) + ", or " if found else ""
+    return f"To keep it, try {either}the file type {other}."
 
 
 #: What was said in this process, once for each path and loss, or task.
@@ -473,107 +364,66 @@ def _on_file(filesystem, command, *paths):
     # Old releases of fsspec have only `get`, `copy` and so on, and take names literally.
     old = getattr(filesystem, {"cp": "copy"}.get(command, command))
     try:
-        getattr(filesystem, command + "_file", old)(*paths)
-    except KeyError as exc:  # of "memory://"
+        return getattr(filesystem, command + "_file", old)(*paths)
+    except (FileNotFoundError, KeyError) as exc:  # KeyError: of "memory://"
         raise FileNotFoundError(paths[0]) from exc
-
-
-def _files(path):
-    """A file, or all that are in a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    except Exception as exc:  # Each file system has errors of its own.
+        raise ConnectionError(f"{command} {' '.join(paths)}: {exc}") from exc
 
 
 def _stat(path, storage_options):
-    """When a file was written, in seconds since 1970, and its bytes, as far as that is known.
-
-    None if there is no such file.
-    """
+    """When a local file was written, and the bytes of any file; None if it is not there."""
     filesystem, path = _filesystem(path, storage_options)
-    if filesystem is None:
-        try:
-            stats = [os.stat(file) for file in _files(path)]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return max((s.st_mtime for s in stats), default=None), sum(s.st_size for s in stats)
-    if not filesystem.exists(path):
+    try:
+        if filesystem is None:
+            is_folder, stat = os.path.isdir(path), os.stat(path)
+            modified, size = stat.st_mtime, stat.st_size
+        else:
+            info = _on_file(filesystem, "info", path)
+            is_folder, modified, size = info.get("type") == "directory", None, info.get("size")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    modified = None
-    with suppress(Exception):  # Many file systems do not tell.
-        moment = filesystem.modified(path)
-        utc = moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)
-        modified = utc.timestamp()
-    return modified, filesystem.info(path).get("size")
+    if is_folder:
+        raise IsADirectoryError(f"{path} is a folder, but a result is one file: use another path.")
+    return modified, size
 
 
-@contextmanager
-def _existing_file(path, storage_options):
-    """A local path under which pandas can read what is at `path`."""
-    filesystem, path = _filesystem(path, storage_options)
-    if filesystem is None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        local = os.path.join(folder, os.path.basename(path))
-        try:
-            _on_file(filesystem, "get", path, local)
-        except FileNotFoundError:
-            raise
-        except Exception as exc:  # Each file system has errors of its own.
-            raise ConnectionError(f"{path} cannot be fetched: {exc}") from exc
-        yield local
+#: In the names of the hidden folders in which processes on this host write.
+_MARK = f"~{socket.gethostname().partition('.')[0]}-"
 
 
 @contextmanager
 def _new_file(path, storage_options):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
-    A local file is written in a hidden folder beside its place, under its own name, which pandas
-    writes into archives, and then renamed, as Luigi's `AtomicLocalFile` does:
-    http://luigi.readthedocs.io/en/stable/api/luigi.local_target.html
+    It is in a hidden folder, for a local file beside its place, and has its name, which pandas
+    writes into archives. Then it is renamed, or uploaded.
     """
     filesystem, path = _filesystem(path, storage_options)
-    if filesystem is not None:
-        with tempfile.TemporaryDirectory() as hidden:
-            partial = os.path.join(hidden, os.path.basename(path))
-            yield partial
-            if os.path.isdir(partial):
-                raise IsADirectoryError(f"{path} would be a folder; a URL takes one file.")
-            _on_file(filesystem, "put", partial, path)
-        return
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    _remove_leftovers(folder)
-    hidden = tempfile.mkdtemp(prefix=f".{name[:50]}{_mark_of(os.getpid())}", dir=folder)
+    if filesystem is None:
+        os.makedirs(folder, exist_ok=True)
+        _remove_leftovers(folder)
+    prefix = f".{name[:50]}{_MARK}{os.getpid()}-"
+    hidden = tempfile.mkdtemp(prefix=prefix, dir=folder if filesystem is None else None)
     partial = os.path.join(hidden, name)
     try:
         yield partial
-        for file in _files(partial):
-            with open(file, "rb+") as opened:
+        if filesystem is None:
+            with open(partial, "rb+") as opened:
                 os.fsync(opened.fileno())
-        earlier = os.path.join(hidden, "earlier")
-        if os.path.isdir(partial) and os.path.isdir(path):
-            os.replace(path, earlier)  # A folder cannot take the place of another one.
-        try:
             os.replace(partial, path)
-        except BaseException:
-            if os.path.isdir(earlier):
-                os.replace(earlier, path)
-            raise
+        else:
+            _on_file(filesystem, "put", partial, path)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _mark_of(pid):
-    return f"~{socket.gethostname().partition('.')[0]}-{pid}-"
 
 
 @functools.lru_cache(maxsize=1000)
 def _remove_leftovers(folder):
     """Remove, once per folder, what writers on this host left behind when they were killed."""
     for name in os.listdir(folder):
-        pid = re.match(r"\..*" + _mark_of(r"(\d+)"), name)
+        pid = re.match(rf"\..*{_MARK}(\d+)-", name)
         if pid and not psutil.pid_exists(int(pid.group(1))):
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
@@ -595,21 +445,7 @@ def _set_aside(path, storage_options):
     return aside
 
 
-def _is_damage(error, file_type):
-    """Whether an error in reading is due to the file, and not to where and how it is read."""
-    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
-        return True
-    # Libraries raise an OSError for what they read, too, but have no number for it.
-    if getattr(error, "errno", None) or isinstance(error, ConnectionError):
-        return False
-    if file_type == "pickle":
-        return True  # Damaged, it may look for any module, or for any amount of memory.
-    is_call = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
-    return not (is_call or isinstance(error, (ImportError, MemoryError)))
-
-
 # The storage of a task, which is read when it is needed --------------------------------------
-
 
 #: `reads`: what results do in this thread when they are asked for their value. None: no flow run of
 #: ours is under way. False: Prefect hands results on. True: somebody really reads.
@@ -633,19 +469,16 @@ _read_locks = [threading.RLock() for _ in range(64)]
 class PandasResult(_Storage):
     """Store a task's DataFrame in a file that is named in full.
 
-    `PandasResultHandler` is the same class. Give it to a task as `result_handler=` below Prefect
-    0.14, as `result=` from 0.11. There it is a `prefect.engine.result.Result` like any other; below
-    it is a `prefect.engine.result_handlers.ResultHandler`.
+    `PandasResultHandler` is the same class. Tasks and flows take it as `result_handler=` below
+    Prefect 0.14, as `result=` from 0.11 on.
 
     Parameters
     ----------
     path : str, os.PathLike or callable, optional
-        Where the file is: a template for `str.format`. Its fields are filled from the task's
-        arguments first (this takes `DSTaskRunner`), then from the flow's parameters, then from
-        `prefect.context` (`map_index`, `task_name`, `flow_name`, `today`, ...). Missing folders
-        are made. From 0.11 on also a function of these fields as keyword arguments (of arguments
-        that are stored themselves, those which it names), and it can be left out where the task
-        has a `target`. A URL that fsspec understands is a path, too.
+        Where the file is: a path, or a URL for fsspec. It is a template for `str.format`, filled
+        from the task's arguments (this takes `DSTaskRunner`), then from the flow's parameters, then
+        from `prefect.context`. From 0.11 on also a function of these as keyword arguments (of
+        arguments that are stored themselves, those which it names), or the task's `target`.
     file_type : str, optional
         Which pair of pandas' `read_*` and `to_*` to use: "csv", "parquet", ... If left out, it
         follows from the extension of the path, with or without a compression (".csv.gz").
@@ -657,11 +490,8 @@ class PandasResult(_Storage):
 
     Raises
     ------
-    TypeError
-        If the path is no string, path or function; if keyword arguments are no dictionary.
-    ValueError
-        If there is no such file type, and no known extension; if the path is no template; if
-        `read_kwargs` ask for a frame in parts; below Prefect 0.11 if there is no path.
+    TypeError, ValueError
+        If one of these cannot be used, or the path tells no file type.
 
     Examples
     --------
@@ -684,26 +514,22 @@ class PandasResult(_Storage):
         **kwargs: Any,
     ) -> None:
         path = kwargs.pop("location", None) if path is None else path
-        if path is None and not _HAS_LOCATIONS:
-            raise ValueError(f"{type(self).__name__} needs a path.")
-        if path is not None and not callable(path):
-            path = _check_path(path)
-        if file_type is not None or isinstance(path, str):
-            _check_file_type(file_type, path)
-        for name, given in [("read_kwargs", read_kwargs), ("write_kwargs", write_kwargs)]:
-            if not isinstance(given, (dict, type(None))):
-                raise TypeError(f"{name} of the path {path!r} is no dictionary: {given!r}.")
         if {"chunksize", "iterator"}.intersection(read_kwargs or ()):
-            raise ValueError(
-                f"read_kwargs of the path {path!r} ask for a frame in parts, by chunksize or "
-                "iterator. A result is one frame: leave them out, or map over a path for each part."
-            )
+            what = "chunksize or iterator, for a frame in parts, but a result is one frame"
+            raise ValueError(f"read_kwargs of the path {path!r} have {what}.")
         super().__init__(**kwargs)
-        self.location: Any = None if callable(path) else path
+        self.location: Any = None if path is None or callable(path) else _Template(path).path
         self._formatter = path if callable(path) else None
-        self._file_type = file_type
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
+        both = {**self.write_kwargs, **self.read_kwargs}  # These need not be given twice.
+        self._key = {"key": both["key"]} if "key" in both else {}
+        self._storage_options = both.get("storage_options") or {}
+        self._file_type = file_type
+        #: the type that was given or that the path tells, None as long as there is neither
+        self.file_type: Optional[str] = None
+        if file_type is not None or self.location is not None:
+            self.file_type = _check_file_type(file_type, self.location)
 
     def __repr__(self):
         return f"<{type(self).__name__}: {self.path}>"
@@ -712,12 +538,6 @@ class PandasResult(_Storage):
     def path(self) -> Union[str, Callable[..., str], None]:
         """str or callable: the template of the path."""
         return self.location or self._formatter
-
-    @property
-    def file_type(self) -> Optional[str]:
-        """str: the type that was given or that the path tells, None as long as there is neither."""
-        is_known = self._file_type is not None or self.location is not None
-        return _check_file_type(self._file_type, self.location) if is_known else None
 
     @property
     def value(self) -> Any:
@@ -741,18 +561,16 @@ class PandasResult(_Storage):
         # What is in a file is read where it is needed: a place travels, not a frame.
         return vars(self) if self._place is None else dict(vars(self), _value=None)
 
-    # The contract of Prefect's `Result`, and of its `ResultHandler`.
+    # The contract of Prefect's `Result`, and of its `ResultHandler`. Without a location it is that
+    # which these fields fill.
 
     def format(self, **kwargs: Any) -> "PandasResult":
-        """As Prefect's: a copy with the location for these fields."""
         return _stored(self, self._fill(kwargs), self.value)
 
     def exists(self, location: str, **kwargs: Any) -> bool:
-        """As Prefect's: whether the file is there."""
         return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
 
     def read(self, location: Optional[str] = None, input_mapping: Any = None) -> Any:
-        """As Prefect's; without a location, that for these fields."""
         location = self._fill(input_mapping or {}) if location is None else location
         if getattr(_in_thread, "reads", None) is False:  # under a backend: it is handed on
             result = _stored(self, location, None)
@@ -762,141 +580,128 @@ class PandasResult(_Storage):
         return _stored(self, location, frame) if _HAS_LOCATIONS else frame
 
     def write(self, value_: Any, input_mapping: Any = None, **kwargs: Any) -> Any:
-        """As Prefect's, to the location for these fields."""
         if self._puts_off:
             return self.from_value(value_)
         location = self._fill({**kwargs, **(input_mapping or {})})
         self._save(value_, location)
         return _stored(self, location, value_) if _HAS_LOCATIONS else location
 
-    def _load_later(self, place):
-        try:
-            return self._load(place)
-        except Exception as exc:
-            if not _is_damage(exc, _check_file_type(self._file_type, place)):
-                raise  # The file may be as good as ever.
-            found = f"{place} is gone"
-            if not isinstance(exc, FileNotFoundError):
-                aside = _set_aside(place, self._storage_options)
-                found = (
-                    f"{place} cannot be read ({type(exc).__name__}: {exc}), so it is now {aside}"
-                )
-            raise ValueError(
-                f"{found}. It has the result of {self._owner!r}. Run the flow once more: without "
-                "the file, its task will run."
-            ) from exc
-
-    @property
-    def _storage_options(self):
-        options = self.write_kwargs.get("storage_options") or {}
-        return dict(options, **(self.read_kwargs.get("storage_options") or {}))
-
     def _fill(self, values, mapped=()):
-        """The location for these fields, before those that the parameters and the context offer.
-
-        `mapped` are the arguments that are mapped over, if it is for a child of a map.
-        """
+        """The location for these fields, before those that the parameters and the context offer."""
         path: Any = self.path
-        offered = dict(prefect.context)
-        # In Prefect's context None means that there is no such thing.
-        context = {k: v for k, v in offered.items() if v is not None}
-        fields = ChainMap(values, context.get("parameters", {}), context)
-        if callable(path):
-            # As on Prefect's own results: what there is not, is None.
-            return _check_path(path(**ChainMap(fields, offered)))
         if path is None:
             raise ValueError("There is no path: give one to PandasResult, or a target to the task.")
-        if mapped:
-            _Template(path).check_distinct(mapped)
-        return _Template(path).fill(fields)
+        context = dict(prefect.context)
+        given = ChainMap(values, context.get("parameters") or {})
+        if callable(path):
+            return _Template(path(**ChainMap(given, context))).path
+        # In Prefect's context None means that there is no such thing.
+        known = {name: value for name, value in context.items() if value is not None}
+        return _Template(path).fill(ChainMap(given, known), mapped)
 
     def _load(self, location):
-        with _existing_file(location, self._storage_options) as path:
-            frame = self._read(path, location)
+        filesystem, path = _filesystem(location, self._storage_options)
+        with tempfile.TemporaryDirectory() as folder:
+            if filesystem is not None:
+                remote, path = path, os.path.join(folder, os.path.basename(path))
+                _on_file(filesystem, "get", remote, path)
+            frame = self._call_pandas(_READ, location, path)
         if not isinstance(frame, pandas.DataFrame):
             raise TypeError(f"{location} holds a {type(frame).__name__}, not a pandas DataFrame.")
         self._log("Loaded %s", _absolute(location))
         return frame
 
-    def _save(self, frame, location):
-        """Write a frame. Return whether its file gives back this frame, as far as was looked.
+    def _load_later(self, place):
+        try:
+            return self._load(place)
+        except Exception as exc:
+            raise ValueError(
+                f"{self._put_aside(place, exc)}. It has the result of {self._owner!r}. Run the "
+                "flow once more: without the file, its task will run."
+            ) from exc
 
-        False means that something does not come back, of which there was a WARNING.
-        """
+    def _put_aside(self, place, error):
+        """Set a file aside that cannot be read, and say so; raise the error if the file is fine."""
+        is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        # Libraries raise an OSError for what they read, too, but have no number for it.
+        is_of_system = getattr(error, "errno", None) or isinstance(error, ConnectionError)
+        # A damaged pickle may look for any module, and ask for any amount of memory.
+        is_pickle = _check_file_type(self._file_type, place) == "pickle"
+        is_of_process = isinstance(error, (ImportError, MemoryError)) and not is_pickle
+        if not is_gone and (is_of_system or is_of_process or "keyword argument" in str(error)):
+            raise error
+        aside = _set_aside(place, self._storage_options)
+        reason = f"cannot be read ({type(error).__name__}: {error})"
+        return f"{place} is there, but {reason}. It is now {aside}" if aside else f"{place} is gone"
+
+    def _save(self, frame, location):
+        """Write a frame. Return whether its file gives it back, as far as was looked."""
         if not isinstance(frame, pandas.DataFrame):
-            raise TypeError(
-                f"{type(self).__name__} stores a pandas DataFrame, but the task returned "
-                f"{type(frame).__name__}. Nothing was written to {location}."
-            )
+            what = type(frame).__name__
+            raise TypeError(f"{location} stores a pandas DataFrame, but the task returned {what}.")
         with _new_file(location, self._storage_options) as path:
-            self._write(frame, path, location)
-            losses = self._check(frame, path, location)
-        self._log("Wrote %s", _absolute(location))
-        new = [sentence for _, sentence in losses if not _is_said(self.path or location, sentence)]
+            try:
+                what = "written"
+                self._call_pandas(_WRITE, location, frame, path)
+                if os.path.isdir(path):
+                    raise ValueError("pandas made a folder, but a result is one file")
+                what = "read back"
+                losses = self._losses_in(path, location, frame)
+            except (OSError, ImportError, MemoryError):
+                raise
+            except Exception as exc:
+                raise ValueError(
+                    f"{location} was not written, since it could not be {what}: "
+                    f"{type(exc).__name__}: {exc}. Use pickle, or other keyword arguments."
+                ) from exc
+        place = _absolute(location)
+        self._log("Wrote %s", place)
+        new = [loss for loss in losses if not _is_said(self.path or location, loss)]
         if new:
-            file_type = _check_file_type(self._file_type, location)
-            remedy = _remedy(file_type, frame, {kind for kind, _ in losses})
-            some = "; ".join(new[:5]) + (f"; and {len(new) - 5} more" if len(new) > 5 else "")
+            remedy = _remedy(_check_file_type(self._file_type, location), frame, losses)
             text = "%s does not keep all of the frame: %s. %s"
-            self._log(text, _absolute(location), some, remedy, level="warning")
+            self._log(text, place, "; ".join(new[:5]), remedy, level="warning")
         return not losses
 
-    def _read(self, path, location):
-        frame = _call_pandas(*self._pandas(location, 0, path))
-        # `read_html` returns the tables of a page; a page that we wrote has one.
-        return frame[0] if isinstance(frame, list) else frame
-
-    def _write(self, frame, path, location):
-        try:
-            _call_pandas(*self._pandas(location, 1, frame, path))
-        except (OSError, ImportError, MemoryError):
-            raise
-        except Exception as exc:
-            raise self._not_written("pandas refuses it", location, exc) from exc
-
-    def _check(self, frame, path, location):
-        """What the file at `path` does not keep of the frame, as `_losses` says it."""
-        file_type = _check_file_type(self._file_type, location)
-        if file_type == "pickle":
+    def _losses_in(self, path, location, frame):
+        """What the file at `path` does not keep of the frame, as far as was looked."""
+        if _check_file_type(self._file_type, location) == "pickle":
             return []
-        is_large = file_type in _KEEP_BY_TYPE or frame.size > _MAX_CELLS
-        sample = _sample(frame) if is_large else frame
-        try:
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    small = os.path.join(folder, os.path.basename(path))
-                    if sample is frame:
-                        small = path
-                    else:
-                        self._write(sample, small, location)
-                    restored = self._read(small, location)
-            except Exception:  # Keyword arguments may ask for more than the sample has.
-                sample, restored = frame, self._read(path, location)
-        except Exception as exc:
-            raise self._not_written("it could not be read back", location, exc) from exc
-        return _losses(sample, restored)
+        if frame.size > _MAX_CELLS and len(frame) > _SAMPLE_ROWS:
+            sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
+            index = frame.index
+            if getattr(index, "freq", None) or index.equals(pandas.RangeIndex(len(frame))):
+                sample.index = index[:_SAMPLE_ROWS]  # It stays as regular as it was.
+            # Keyword arguments may ask for more than the sample has.
+            with suppress(Exception), tempfile.TemporaryDirectory() as folder:
+                small = os.path.join(folder, os.path.basename(path))
+                self._call_pandas(_WRITE, location, sample, small)
+                return _losses(sample, self._call_pandas(_READ, location, small))
+        return _losses(frame, self._call_pandas(_READ, location, path))
 
-    def _not_written(self, reason, location, exc):
-        is_by_type = _check_file_type(self._file_type, location) in _KEEP_BY_TYPE
-        return ValueError(
-            f"{location} was not written, since {reason}: {type(exc).__name__}: {exc}. Use "
-            f"{'pickle' if is_by_type else 'parquet or pickle'}, or other keyword arguments."
-        )
-
-    def _pandas(self, location, direction, *args):
-        """The function of pandas for this file, and what `_call_pandas` is to call it with."""
+    def _call_pandas(self, direction, location, *args):
+        """Read or write, with the first of several defaults that pandas does not refuse."""
         file_type = _check_file_type(self._file_type, location)
         extension = _extension_of(location) if self._file_type is None else None
-        pair = _DEFAULTS.get(extension, _DEFAULTS.get(file_type, ({}, {})))
-        several = [pair[1 - direction]]
-        if file_type == "csv" and direction == 0:
-            several.insert(0, {**several[0], **_C_DEFAULTS})
-        kwargs = dict(self.write_kwargs if direction else self.read_kwargs)
-        both = {**self.read_kwargs, **self.write_kwargs}
-        if "key" in several[0] and "key" in both:
-            kwargs.setdefault("key", both["key"])
+        defaults = _DEFAULTS.get(extension, _DEFAULTS.get(file_type, ({}, {})))[direction]
+        several = [defaults]
+        if file_type == "csv" and direction == _READ:
+            several.insert(0, {**defaults, **_C_DEFAULTS})
+        kwargs = {**self._key, **(self.read_kwargs, self.write_kwargs)[direction]}
         kwargs.pop("storage_options", None)
-        return _FILE_TYPES[file_type][direction], args, several, kwargs
+        refused: Any = None
+        for defaults in (*filter(None, several), {}):
+            try:
+                with _hdf_lock if file_type == "hdf" else nullcontext():
+                    found = _FILE_TYPES[file_type][direction](*args, **{**defaults, **kwargs})
+            except (OSError, ImportError, MemoryError):
+                raise
+            except Exception as exc:
+                refused = refused or exc
+            else:
+                # `read_html` returns the tables of a page; a page that we wrote has one.
+                return found[0] if isinstance(found, list) else found
+        raise refused
 
     def _log(self, text, *args, level="info"):
         name = self._owner or prefect.context.get("task_full_name")
@@ -1343,7 +1148,6 @@ class DSTaskRunner(TaskRunner):
         if found is None:
             return None
         (modified, size), frame = found, None
-        file_type = _check_file_type(storage._file_type, place)
         try:
             has_lines = (
                 _extension_of(place) in ("jsonl", "ndjson") or "lines" in storage.read_kwargs
@@ -1356,13 +1160,8 @@ class DSTaskRunner(TaskRunner):
             if not self.reads_later or _KEEP in self.task.tags:
                 frame = storage._load(place)
         except Exception as exc:
-            if not _is_damage(exc, file_type):
-                raise
-            aside = _set_aside(place, storage._storage_options)
-            text = (
-                "%s is there, but cannot be read (%s: %s), so the task runs. The old file is now %s"
-            )
-            storage._log(text, place, type(exc).__name__, exc, aside, level="warning")
+            said = storage._put_aside(place, exc)
+            storage._log("%s. The task runs.", said, level="warning")
             return None
         age = max(0, int(time.time() - (modified or 0)))
         written = f", written {datetime.timedelta(seconds=age)} ago" if modified else ""
