@@ -1017,7 +1017,6 @@ class DSTaskRunner(TaskRunner):
     place: Any = None  # where that is
     reads_later: bool = False  # Files are read when somebody asks, not when they are found.
     recomputes: bool = False
-    failure: Optional[Result] = None  # the error after which it is retried
     newest_input: Optional[Tuple[float, str]] = None  # of the files behind it: when, and where
     own_file: Optional[Tuple[float, str]] = None
 
@@ -1046,8 +1045,6 @@ class DSTaskRunner(TaskRunner):
             state = super(DSTaskRunner, run).run(*args, **kwargs)
         if state is not given:
             state._prefect_ds = run.marks._replace(newest=run.own_file or run.newest_input)
-        for error in _errors_behind(run.failure) if outer is not None else ():
-            error.__traceback__ = None  # Prefect has logged it, and the state of it is gone.
         if outer is not None and run.inputs is not None and _has_read_for_good(state):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
         return state
@@ -1127,8 +1124,6 @@ class DSTaskRunner(TaskRunner):
 
     def call_runner_target_handlers(self, old_state, new_state):
         """As Prefect's; moreover, write what Prefect wants written, once the task has ended."""
-        if new_state.is_retrying():
-            self.failure = old_state._result
         is_wanted = self.storage is not None and prefect.context.get("checkpointing") is True
         has_run = old_state.is_running() and new_state.is_successful()
         if is_wanted and has_run and new_state.result is not None:
@@ -1136,6 +1131,8 @@ class DSTaskRunner(TaskRunner):
                 self.write_checkpoint(new_state)
             except Exception as exc:
                 new_state = self.failed(exc)
+        for error in _errors_behind(old_state._result) if new_state.is_retrying() else ():
+            traceback.clear_frames(error.__traceback__)  # Nobody else lets go of what they hold.
         return super().call_runner_target_handlers(old_state, new_state)
 
     # -- checkpoints
@@ -1149,10 +1146,8 @@ class DSTaskRunner(TaskRunner):
             return None
         (modified, size), frame = found, None
         try:
-            has_lines = (
-                _extension_of(place) in ("jsonl", "ndjson") or "lines" in storage.read_kwargs
-            )
-            if size == 0 and not has_lines:
+            by_lines = "lines" in storage.read_kwargs or _extension_of(place) in ("jsonl", "ndjson")
+            if size == 0 and not by_lines:
                 raise EOFError("it is empty")
             self.own_file = (modified, place) if modified is not None else None
             if self._is_out_of_date():
@@ -1373,11 +1368,8 @@ class DSFlowRunner(FlowRunner):
     >>> flow.run(runner_cls=DSFlowRunner, context={"recompute": "load+"})  # doctest: +SKIP
     """
 
-    def __init__(
-        self, flow: Flow, task_runner_cls: Optional[type] = None, state_handlers: Any = None
-    ) -> None:
-        cls = task_runner_cls or DSTaskRunner
-        super().__init__(flow=flow, task_runner_cls=cls, state_handlers=state_handlers)
+    def __init__(self, flow: Flow, task_runner_cls: Any = None, *args: Any, **kwargs: Any) -> None:
+        super().__init__(flow, task_runner_cls or DSTaskRunner, *args, **kwargs)
 
     def get_flow_run_state(self, state: State, executor: Any, **kwargs: Any) -> State:
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
@@ -1518,12 +1510,9 @@ def _is_large(outcome):
             return True
         # What is in a file and not at hand has the value None.
         outcome = outcome.result if outcome.is_successful() and not outcome.is_mapped() else None
-    items = outcome if isinstance(outcome, (list, tuple)) else [outcome]
-    return len(items) > 1000 or not all(
-        isinstance(item, (int, float, type(None)))
-        or (isinstance(item, (str, bytes)) and len(item) <= 1000)
-        for item in items
-    )
+    if isinstance(outcome, (str, bytes)):
+        return len(outcome) > 1000
+    return not isinstance(outcome, (int, float, type(None)))
 
 
 def _errors_behind(result):
