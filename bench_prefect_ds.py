@@ -503,7 +503,6 @@ def table(n):
         ("10 layers of 6 tasks, 12 threads", "layers", 1, "LocalDaskExecutor", 12, None, 10),
     ):
         yield Row(name, "s", on_dask(sleeping, *args), 1.1, over="Prefect")
-
     yield Row("files opened by a second run, 49 stored", "", on_dask(files_opened), 0, storing)
     yield Row("its peak memory, 40 frames of 20 MB", "MB", on_dask(second_run), 25, storing)
     name = "the same, first run, last map stored"
@@ -549,19 +548,20 @@ def draw(path, count, megabytes):
     from matplotlib import pyplot
 
     # These can be read on white and on black.
-    colors = {"Prefect": "#d9822b", "prefect_ds": "#3b8eea", "limit": "#8a8a8a"}
+    colors = {"Prefect": "#d9822b", "limit": "#8a8a8a", "prefect_ds": "#3b8eea"}
     greys = ["text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"]
     pyplot.rcParams.update({**dict.fromkeys(greys, "#808080"), "svg.fonttype": "none"})
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     figure, both = pyplot.subplots(1, 2, figsize=(10, 5), sharey=True)
-    for axes, executor in zip(both, ("LocalExecutor", PROCESSES)):
+    titles = {"LocalExecutor": "LocalExecutor", PROCESSES: "DaskExecutor, 2 processes"}
+    for axes, (executor, title) in zip(both, titles.items()):
         for way, color in colors.items():
             seconds, resident = zip(*fresh(memory, executor, count, megabytes, way))
             label = {"Prefect": "Prefect's FlowRunner", "limit": "plain loop"}.get(way, way)
             label += f": {max(resident) / 1000:.2f} GB in {seconds[-1]:.1f} s"
-            gigabytes = [each / 1000 for each in resident]
-            axes.plot(seconds, gigabytes, "--" if way == "limit" else "-", color=color, label=label)
-        axes.set(title=executor, xlabel="seconds", xlim=(0, None))
+            gigabytes, width = [each / 1000 for each in resident], 3 if way == "limit" else 1.5
+            axes.plot(seconds, gigabytes, color=color, label=label, linewidth=width)
+        axes.set(title=title, xlabel="seconds", xlim=(0, None))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     both[0].set(ylabel="resident memory above start, GB", ylim=(0, None))
     figure.suptitle(f"A map of {count} DataFrames of {megabytes} MB through four stages")
