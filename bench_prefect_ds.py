@@ -489,7 +489,7 @@ def table(n):
     bound = 1.5 if RELEASE >= (0, 14) else numpy.inf
     measure = on_dask(per_task_run, PROCESSES, n.cluster, 4, n.turns)
     yield Row(name, "ms", measure, bound, over="limit")
-    measure = on_dask(process_pool, 24, 20, 2 * n.turns)
+    measure = on_dask(process_pool, 24, 20, 4 * n.turns)
     yield Row("map of 24 frames of 20 MB, pool of 2", "s", measure, bound, over="limit")
     name = f"scheduler and client memory per child, maps of {n.few:,} and {n.many:,}"
     measure = "not by `--quick`" if n.is_quick else on_dask(cluster_memory, n.few, n.many)
