@@ -1132,7 +1132,7 @@ class DSTaskRunner(TaskRunner):
             except Exception as exc:
                 new_state = self.failed(exc)
         for error in _errors_behind(old_state._result) if new_state.is_retrying() else ():
-            traceback.clear_frames(error.__traceback__)  # Nobody else lets go of what they hold.
+            error.__traceback__ = None  # Prefect has logged it, and lets nobody see it any more.
         return super().call_runner_target_handlers(old_state, new_state)
 
     # -- checkpoints
