@@ -65,15 +65,8 @@ except ImportError:  # There is no progress bar then.
 
 __version__ = "2.0.0"
 
-__all__ = [
-    "PandasResultHandler",
-    "PandasResult",
-    "checkpoint_handler",
-    "DSTaskRunner",
-    "DSFlowRunner",
-    "DSExecutor",
-    "PurgedResult",
-]
+__all__ = ["PandasResultHandler", "PandasResult", "checkpoint_handler", "DSTaskRunner"]
+__all__ += ["DSFlowRunner", "DSExecutor", "PurgedResult"]
 
 
 # What the installed Prefect offers ----------------------------------------------------------
@@ -490,8 +483,11 @@ class PandasResult(_Storage):
 
     Raises
     ------
-    TypeError, ValueError
-        If one of these cannot be used, or the path tells no file type.
+    TypeError
+        If the path is no str and no PathLike.
+    ValueError
+        If it is no template, if neither it nor `file_type` tells a type that pandas has, or if
+        `read_kwargs` ask for a frame in parts.
 
     Examples
     --------
@@ -733,14 +729,11 @@ class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
     def __repr__(self):
         return "PurgedResult"
 
-    def __reduce__(self):
-        return "PurgedResult"
-
+    __reduce__ = __repr__  # In a pickle, it is the name of what there is only one of.
     from_value = staticmethod(Result)
 
 
-#: What a state has as its `_result` when its result was dropped; its `result` is None then. There
-#: is only this one, also in a pickle.
+#: What a state has as its `_result` when its result was dropped; its `result` is None then.
 PurgedResult = _PurgedResultType()
 
 #: A task with this tag keeps its result until the flow has ended.
@@ -759,11 +752,8 @@ class _Marks(NamedTuple):
     is_for_next_round: bool = False  # made by a round of the flow run that has not finished
 
 
-_NO_MARKS = _Marks()
-
-
 def _marks_of(state):
-    return getattr(state, "_prefect_ds", _NO_MARKS)
+    return getattr(state, "_prefect_ds", None) or _Marks()
 
 
 class _Listed(Result):
@@ -773,13 +763,11 @@ class _Listed(Result):
         super().__init__(None)
         self.results: list = results
 
-    @property
-    def value(self):
-        return [getattr(result, "value", None) for result in self.results]
-
-    @value.setter
-    def value(self, value):
-        """It is that of the children."""
+    #: that of the children, whatever Prefect sets
+    value: Any = property(
+        lambda self: [getattr(result, "value", None) for result in self.results],
+        lambda self, value: None,
+    )
 
 
 def _list_children(state):
@@ -815,9 +803,6 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 #: Types whose `repr` tells their value.
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
-
-#: Two threads may be the first of a flow run to ask for its claims.
-_claims_lock = threading.Lock()
 
 
 def _is_plain(value):
@@ -921,14 +906,12 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
         )
     run = task_runner
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
-        run = DSTaskRunner(task_runner.task)
-        run.storage = _storage_of(task_runner.task, getattr(task_runner, _STORAGE))
-        run._note_origin()
+        run = DSTaskRunner(task_runner.task, None, getattr(task_runner, _STORAGE))
     if run.storage is None:
         return new_state
     try:
         if run is not task_runner:
-            run.recomputes = run._is_recomputed()
+            run._note_origin()
         if old_state.is_pending() and new_state.is_running():
             new_state = run.find_checkpoint(Success) or new_state
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
@@ -939,27 +922,13 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     return new_state
 
 
-def _storage_of(task, storage):
-    """The storage, if it is ours, and is for this task, or None.
-
-    Storage of a flow is for its author's tasks, not for what Prefect puts in between.
-    """
-    modules = ("prefect.tasks.core.", "prefect.tasks.control_flow.")
-    is_prefects = type(task).__module__.startswith(modules) and not isinstance(task, FunctionTask)
-    opts_out = _CAN_OPT_OUT and task.checkpoint is False
-    return storage if isinstance(storage, PandasResult) and not (is_prefects or opts_out) else None
-
-
 # Which tasks run though their file is there --------------------------------------------------
 
-#: In `prefect.context`: which tasks to run though their result is stored, set by the user.
-_RECOMPUTE = "recompute"
+#: In `prefect.context`: the names of tasks that the user gives, and the slugs of those tasks.
+_RECOMPUTE, _RECOMPUTED = "recompute", "_prefect_ds_recomputed"
 
-#: Among the names of tasks in `recompute`: all whose files are older than those before them.
+#: Among these: all whose files are older than those before them.
 _OUT_OF_DATE = "out-of-date"
-
-#: In the context of a flow run: the slugs of the tasks that are computed again.
-_RECOMPUTED = "_prefect_ds_recomputed"
 
 
 def _note_recomputed(flow):
@@ -1012,7 +981,7 @@ class DSTaskRunner(TaskRunner):
     # What is known of a task run: `run` makes a copy of the runner for each.
     inputs: Any = None  # by argument; None as long as nobody knows
     upstream_states: Dict[Edge, State] = {}  # noqa: RUF012
-    marks: _Marks = _NO_MARKS
+    marks: _Marks = _Marks()
     location: Optional[str] = None  # the filled path: once, as a task may change its arguments
     place: Any = None  # where that is
     reads_later: bool = False  # Files are read when somebody asks, not when they are found.
@@ -1034,7 +1003,12 @@ class DSTaskRunner(TaskRunner):
             storage = copy.copy(storage)
             storage._puts_off = True
             setattr(self, _STORAGE, storage if _HAS_LOCATIONS else None)
-            self.storage = _storage_of(task, storage)
+            # That of a flow is for its author's tasks, not for what Prefect puts in between.
+            modules = ("prefect.tasks.core.", "prefect.tasks.control_flow.")
+            is_prefects = type(task).__module__.startswith(modules)
+            opts_out = _CAN_OPT_OUT and task.checkpoint is False
+            if not opts_out and (isinstance(task, FunctionTask) or not is_prefects):
+                self.storage = storage
 
     @functools.wraps(TaskRunner.run)  # Prefect makes loops by an attribute of this function.
     def run(self, *args, **kwargs):
@@ -1056,8 +1030,13 @@ class DSTaskRunner(TaskRunner):
     def _note_origin(self):
         name = prefect.context.get("task_full_name")
         self.marks = _Marks(f"{self._slug} {name}", name)
-
-    # -- as Prefect's, and more
+        recomputed = prefect.context.get(_RECOMPUTED)
+        if prefect.context.get(_RECOMPUTE) and recomputed is None:
+            raise ValueError(
+                f"recompute={prefect.context[_RECOMPUTE]!r} is for flows that are run with "
+                "runner_cls=DSFlowRunner, or by DSExecutor: only these know all tasks."
+            )
+        self.recomputes = self._slug in (recomputed or ())
 
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what is known of this run."""
@@ -1069,7 +1048,6 @@ class DSTaskRunner(TaskRunner):
         maps = any(edge.mapped for edge in upstream_states)
         if maps and prefect.context.get("map_index") is None and not state.is_mapped():
             self._check_inputs(state, upstream_states)
-        self.recomputes = self._is_recomputed()
         if self.recomputes and not _marks_of(state).is_for_next_round:
             caches, key = prefect.context.get("caches", {}), self.task.cache_key or self.task.name
             if key in caches:
@@ -1134,8 +1112,6 @@ class DSTaskRunner(TaskRunner):
         for error in _errors_behind(old_state._result) if new_state.is_retrying() else ():
             error.__traceback__ = None  # Prefect has logged it, and lets nobody see it any more.
         return super().call_runner_target_handlers(old_state, new_state)
-
-    # -- checkpoints
 
     def find_checkpoint(self, state_class):
         """A state of this class with what is stored for this task run; None if it has to run."""
@@ -1217,9 +1193,7 @@ class DSTaskRunner(TaskRunner):
         if not _is_url(file):
             file = os.path.normcase(os.path.realpath(file))
         self.marks = self.marks._replace(file=file, work=self._describe())
-        with _claims_lock:
-            earlier = _claims_of(_flow_run()).setdefault(file, self.marks)
-        message = _conflict(earlier, self.marks)
+        message = _conflict(_claims_of(_flow_run()).setdefault(file, self.marks), self.marks)
         if message:
             raise ValueError(f"{message} Nothing was read or written.")
         self.location = location
@@ -1229,10 +1203,7 @@ class DSTaskRunner(TaskRunner):
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def _describe(self):
-        """Two texts, of which one is the same for the same task with equal arguments.
-
-        The first holds for all runs of one task, the second in one process for all copies of it.
-        """
+        """A text for runs of one task with equal arguments, and one for copies of it, as well."""
         task, storage = self.task, self.storage
         own = {n: v for n, v in vars(task).items() if n not in _TASK_ATTRIBUTES}
         kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
@@ -1254,17 +1225,6 @@ class DSTaskRunner(TaskRunner):
         arguments = repr(sorted(words.items()))
         texts = (f"{self._slug} {arguments}", f"{parts} {arguments}")
         return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
-
-    # -- what stands in the way
-
-    def _is_recomputed(self):
-        recomputed = prefect.context.get(_RECOMPUTED)
-        if prefect.context.get(_RECOMPUTE) and recomputed is None:
-            raise ValueError(
-                f"recompute={prefect.context[_RECOMPUTE]!r} is for flows that are run with "
-                "runner_cls=DSFlowRunner, or by DSExecutor: only these know all tasks."
-            )
-        return self._slug in (recomputed or ())
 
     def _is_out_of_date(self):
         """Whether to run a task since its file is older than one that it was made from."""
@@ -1299,10 +1259,7 @@ class DSTaskRunner(TaskRunner):
         raise ENDRUN(self.handle_state_change(state, self.failed(ValueError(message), message)))
 
     def _is_lost(self, edge, upstream_state):
-        """Whether a backend knows of a result, but neither its value nor where it is.
-
-        A task that has returned None looks just so: it matters to a task that stores something.
-        """
+        """Whether a backend knows neither the value nor the place: it may be None, or be lost."""
         is_here = isinstance(edge.upstream_task, Constant) or _marks_of(upstream_state).origin
         is_told = isinstance(self, CloudTaskRunner) and type(upstream_state) in (Success, Cached)
         if is_here or not is_told or self.storage is None or edge.key is None:
@@ -1456,9 +1413,8 @@ class DSExecutor(Executor):
         if "task_runner_cls" in kwargs:
             if kwargs["task"] not in self.flow.tasks:
                 raise ValueError(
-                    f"This DSExecutor was made for another flow {self.flow.name!r}: the one that "
-                    f"runs has another task {kwargs['task'].name!r}. A changed copy needs one of "
-                    "its own: flow.executor = DSExecutor(flow)."
+                    f"This DSExecutor is of a flow without the task {kwargs['task'].name!r}. A "
+                    "changed copy needs one of its own: flow.executor = DSExecutor(flow)."
                 )
             given, handlers = kwargs["task_runner_cls"], kwargs["task_runner_state_handlers"] or ()
             cls = {TaskRunner: DSTaskRunner, CloudTaskRunner: DSCloudTaskRunner}.get(given, given)
@@ -1561,18 +1517,14 @@ class _Call:
     #: still `missing`; `dependents` cannot begin without it. `value` is what it came to.
     _HERE = ("plan", "index", "number", "extra_context", "needs", "size", "missing", "dependents")
     __slots__ = (*_SENT, *_HERE, "is_wanted", "has_begun", "is_done", "value")
-    function: Any
-    args: Any
-    kwargs: Any
-    needs: Any
-    dependents: Any
 
     def __init__(self, *sent):
-        for name, value in zip(self._SENT, sent):
-            setattr(self, name, value)
+        self.function, self.args, self.kwargs, self.context, *others = sent
+        self.claims, self.is_kept, self.reads = others
         self.plan = self.extra_context = self.value = None
         self.index, self.number, self.size, self.missing = -1, 0, 0, 0
-        self.needs, self.dependents = [], []
+        self.needs: Any = []
+        self.dependents: Any = []
         self.is_wanted = self.has_begun = self.is_done = False
 
     def __reduce__(self):
@@ -1709,11 +1661,10 @@ class _Order:
 class _Run:
     """An executor that puts calls off until `wait`, and drops what nobody will read any more.
 
-    Claims are edges. A result starts with one claim for each edge through which it is read. Each
-    mapped child adds one to the item that it reads. A task run gives its claims back when it has
-    read for good, and a mapped task those of its edges when all its children are known. Without
-    claims, the result goes: Kedro's count of readers per dataset (`_release_datasets` of its
-    `AbstractRunner`), for calls that are not all known from the start.
+    A result starts with one claim for each edge through which it is read. Each mapped child adds
+    one to the item that it reads. A task run gives its claims back when it has read for good, and
+    a mapped task those of its edges when all its children are known. Without claims, the result
+    goes: Kedro's count of readers (`AbstractRunner._release_datasets`), as calls become known.
     """
 
     def __init__(self, flow, executor, place, logger):
@@ -1758,8 +1709,6 @@ class _Run:
                 self._progress.close()
                 for plan in self._plans.values():  # A call and its plan refer to each other.
                     plan.calls.clear()
-
-    # -- what the flow runner asks for
 
     def submit(self, fn, *args, extra_context=None, context=None, **kwargs):
         is_child = self._current is not None  # submitted by a task run, below Prefect 0.12
@@ -1819,8 +1768,6 @@ class _Run:
                 with _reading(True):  # Prefect maps over what it finds, and takes its items.
                     state.result  # noqa: B018
         return found
-
-    # -- what depends on what
 
     def _calls(self):
         return [call for plan in self._plans.values() for call in plan.calls]
@@ -1893,8 +1840,6 @@ class _Run:
             elif not call.plan.maps:
                 yield from self._plans[edge.upstream_task].calls
 
-    # -- what runs
-
     def _advance(self, asked):
         """Run calls until these are done (None: until all that are wanted are)."""
         while asked is None or asked:
@@ -1933,9 +1878,8 @@ class _Run:
     def _grow(self, piece):
         """Let those join that can run in one place after the others, and miss nothing else.
 
-        They have the same index, and ask for the same resources. As Dask fuses tasks
-        (https://docs.dask.org/en/stable/optimize.html): what one of them returns is handed to the
-        next and dropped, and never leaves the place where they run.
+        What one of them returns never leaves that place, as where Dask fuses tasks
+        (https://docs.dask.org/en/stable/optimize.html).
         """
 
         def resources(call):

@@ -1800,7 +1800,7 @@ def test_the_executor_knows_its_flow_as_it_is_and_no_other(counted):
     assert copied.run(executor=executor).is_successful()
     copied.add_task(task(lambda: 1, name="another"))
     final = copied.run(executor=executor)
-    assert "has another task 'another'" in final.message
+    assert "without the task 'another'" in final.message
     assert "flow.executor = DSExecutor(flow)" in final.message
     assert copied.run(executor=DSExecutor(copied)).is_successful()
 
