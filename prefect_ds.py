@@ -389,8 +389,7 @@ _MARK = f"~{socket.gethostname().partition('.')[0]}-"
 def _new_file(path, storage_options):
     """A local path under which pandas can write what then appears, whole, at `path`.
 
-    It is in a hidden folder, for a local file beside its place, and has its name, which pandas
-    writes into archives. Then it is renamed, or uploaded.
+    It is in a hidden folder, and has the name of the file, which pandas writes into archives.
     """
     filesystem, path = _filesystem(path, storage_options)
     folder, name = os.path.split(path)
@@ -559,9 +558,6 @@ class PandasResult(_Storage):
 
     # The contract of Prefect's `Result`, and of its `ResultHandler`. Without a location it is that
     # which these fields fill.
-
-    def format(self, **kwargs: Any) -> "PandasResult":
-        return _stored(self, self._fill(kwargs), self.value)
 
     def exists(self, location: str, **kwargs: Any) -> bool:
         return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
@@ -828,21 +824,16 @@ def _conflict(earlier, later):
     """What to say of two task runs with one file, unless they are the same with equal arguments."""
     if earlier.origin == later.origin or set(earlier.work) & set(later.work):
         return None
-    first, second = repr(earlier.name), repr(later.name)
-    if first == second:
-        first, second = f"{first} ({earlier.origin})", f"{second} ({later.origin})"
     return (
-        f"The file {earlier.file} belongs to the task run {first} of this flow run. The task run "
-        f"{second} has the same path, but is not the same task with the same arguments. Put into "
-        "the path what tells them apart: an argument that differs, or {task_name}."
+        f"The file {earlier.file} belongs to the task run {earlier.name!r} ({earlier.origin}). The "
+        f"task run {later.name!r} ({later.origin}) of this flow run has the same path, but is not "
+        "the same task with equal arguments. Put into the path what tells them apart: an argument "
+        "that differs, or {task_name}."
     )
 
 
 def _settle_claims(states):
-    """Set aside each file that belongs to two task runs: it may hold the result of either.
-
-    `states` are all final states of one flow run. Raises if neither task run was refused.
-    """
+    """Set aside each file that two final states claim; raise if neither task run was refused."""
     by_file: Dict[str, list] = {}
     for state in filter(lambda state: _marks_of(state).file, states):
         by_file.setdefault(_marks_of(state).file, []).append(state)
@@ -885,8 +876,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     -------
     prefect.engine.state.State
         `new_state`; Success, if the file was found; or Failed, with the exception as its result, if
-        the path cannot be filled or belongs to another task run, the value is not a DataFrame, or
-        the file cannot be written or not be read back.
+        the path cannot be filled or used, or if the frame cannot be stored, or not be read back.
 
     Raises
     ------
@@ -901,17 +891,15 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     """
     if not isinstance(task_runner, TaskRunner):
         raise TypeError(
-            "checkpoint_handler is a state handler for task runners, not for a task or a flow: run "
-            "the flow with flow.run(task_runner_state_handlers=[checkpoint_handler])."
+            "checkpoint_handler is none of a task or a flow, but one of task_runner_state_handlers."
         )
     run = task_runner
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
         run = DSTaskRunner(task_runner.task, None, getattr(task_runner, _STORAGE))
+        run._note_origin()
     if run.storage is None:
         return new_state
     try:
-        if run is not task_runner:
-            run._note_origin()
         if old_state.is_pending() and new_state.is_running():
             new_state = run.find_checkpoint(Success) or new_state
         elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
@@ -981,6 +969,7 @@ class DSTaskRunner(TaskRunner):
     # What is known of a task run: `run` makes a copy of the runner for each.
     inputs: Any = None  # by argument; None as long as nobody knows
     upstream_states: Dict[Edge, State] = {}  # noqa: RUF012
+    slug: str = ""
     marks: _Marks = _Marks()
     location: Optional[str] = None  # the filled path: once, as a task may change its arguments
     place: Any = None  # where that is
@@ -993,8 +982,7 @@ class DSTaskRunner(TaskRunner):
         given = (getattr(task, _STORAGE), *args, *kwargs.values())
         if any(_is_class(storage, PandasResult) for storage in given):
             raise TypeError(
-                f"The task {task.name!r} or its flow has the class PandasResult as its storage, "
-                "not an instance of it, as in PandasResult('data_{id}.csv')."
+                f"The storage of task {task.name!r} is a class, not an instance of PandasResult."
             )
         super().__init__(task, *args, **kwargs)
         storage = getattr(self, _STORAGE)
@@ -1023,20 +1011,16 @@ class DSTaskRunner(TaskRunner):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
         return state
 
-    @property
-    def _slug(self):
-        return prefect.context.get("task_slug") or self.task.name
-
     def _note_origin(self):
-        name = prefect.context.get("task_full_name")
-        self.marks = _Marks(f"{self._slug} {name}", name)
+        name, self.slug = map(prefect.context.get, ("task_full_name", "task_slug"))
+        self.slug = self.slug or self.task.name
+        self.marks = _Marks(f"{self.slug} {name}", name)
         recomputed = prefect.context.get(_RECOMPUTED)
         if prefect.context.get(_RECOMPUTE) and recomputed is None:
             raise ValueError(
-                f"recompute={prefect.context[_RECOMPUTE]!r} is for flows that are run with "
-                "runner_cls=DSFlowRunner, or by DSExecutor: only these know all tasks."
+                "recompute needs runner_cls=DSFlowRunner, or DSExecutor: only these know all tasks."
             )
-        self.recomputes = self._slug in (recomputed or ())
+        self.recomputes = self.slug in (recomputed or ())
 
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what is known of this run."""
@@ -1070,8 +1054,7 @@ class DSTaskRunner(TaskRunner):
             return state  # An earlier round has found it, and let go of what fills the target.
         if self.storage is None and not self.recomputes:
             new_state = super().check_target(state, inputs=inputs)
-            is_found = new_state is not state and new_state.is_cached()
-            self.marks = self.marks._replace(is_found=is_found)
+            self.marks = self.marks._replace(is_found=new_state is not state)
             return new_state
         found = self.find_checkpoint(Cached) if self.storage is not None else None
         return self.handle_state_change(state, found) if found else state
@@ -1109,9 +1092,10 @@ class DSTaskRunner(TaskRunner):
                 self.write_checkpoint(new_state)
             except Exception as exc:
                 new_state = self.failed(exc)
+        new_state = super().call_runner_target_handlers(old_state, new_state)
         for error in _errors_behind(old_state._result) if new_state.is_retrying() else ():
-            error.__traceback__ = None  # Prefect has logged it, and lets nobody see it any more.
-        return super().call_runner_target_handlers(old_state, new_state)
+            error.__traceback__ = None  # It is in the log, and in nobody's state any more.
+        return new_state
 
     def find_checkpoint(self, state_class):
         """A state of this class with what is stored for this task run; None if it has to run."""
@@ -1146,12 +1130,11 @@ class DSTaskRunner(TaskRunner):
         if _location_of(success._result) is not None:
             return
         self._locate()
-        frame, options = success.result, self.storage._storage_options
-        gives_it_back = self.storage._save(frame, self.place)
-        modified, _ = _stat(self.place, options) or (None, None)
+        gives_it_back = self.storage._save(success.result, self.place)
+        modified, _ = _stat(self.place, self.storage._storage_options) or (None, None)
         self.own_file = (modified, self.place) if modified is not None else None
         lives_there = gives_it_back and self.reads_later and _KEEP not in self.task.tags
-        success.result = self._stored(frame, lives_there)
+        success.result = self._stored(success.result, lives_there)
 
     def failed(self, exc, message=None):
         """The state of a task run that cannot go on, by default for what is wrong with its file."""
@@ -1216,14 +1199,14 @@ class DSTaskRunner(TaskRunner):
             if edge.key in (self.inputs or {}):
                 result = self.inputs[edge.key]
                 index = prefect.context.get("map_index") if edge.mapped else ""
-                maker = _marks_of(upstream_state).origin or f"{edge.key} of {self._slug}"
+                maker = _marks_of(upstream_state).origin or f"{edge.key} of {self.slug}"
                 words[edge.key] = f"that of {maker} {index}"
                 if _location_of(result) is not None:
                     words[edge.key] = f"stored {_location_of(result)}"
                 elif not isinstance(result, _Listed) and _is_plain(result.value):
                     words[edge.key] = pprint.saferepr(result.value)
         arguments = repr(sorted(words.items()))
-        texts = (f"{self._slug} {arguments}", f"{parts} {arguments}")
+        texts = (f"{self.slug} {arguments}", f"{parts} {arguments}")
         return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
 
     def _is_out_of_date(self):
@@ -1233,11 +1216,9 @@ class DSTaskRunner(TaskRunner):
             return False
         if _OUT_OF_DATE in prefect.context.get(_RECOMPUTED, ()):
             self.recomputes = True
-        elif not _is_said(_flow_run(), self._slug):
-            self.storage._log(
-                "%s is older than %s, which it was made from. To compute all again that is out of "
-                "date: recompute=%r.", own[1], newest[1], _OUT_OF_DATE, level="warning",
-            )  # fmt: skip
+        elif not _is_said(_flow_run(), self.slug):
+            text = "%s is older than %s, which it was made from; recompute=%r computes it again."
+            self.storage._log(text, own[1], newest[1], _OUT_OF_DATE, level="warning")
         return self.recomputes
 
     def _check_inputs(self, state, upstream_states):
@@ -1307,9 +1288,8 @@ class DSFlowRunner(FlowRunner):
     `recompute` in `prefect.context`, or `PREFECT__CONTEXT__RECOMPUTE` in the environment, makes
     tasks run though their file is there: names of tasks, with `*` for any characters and `+` behind
     for all tasks downstream as well, separated by commas or in a list; `out-of-date` are those
-    whose files are older than files that they were made from.
-
-    A flow run is Failed if a file belongs to two task runs, or if `recompute` names no task.
+    whose files are older than files that they were made from. If a name matches no task, or a file
+    belongs to two task runs, the flow run is Failed.
 
     Parameters
     ----------
@@ -1368,19 +1348,15 @@ class DSExecutor(Executor):
     Examples
     --------
     >>> flow.executor = DSExecutor(flow)  # doctest: +SKIP
-    >>> flow.register(project_name="sales")  # doctest: +SKIP
     """
 
     def __init__(self, flow: Flow, executor: Optional[Executor] = None) -> None:
         if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
             raise TypeError(
-                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}, as in "
-                "flow.executor = DSExecutor(flow, LocalDaskExecutor())."
+                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}."
             )
         if not _FLOW_RUNNER_MAPS:
-            raise NotImplementedError(
-                "DSExecutor needs Prefect 0.12; below, use flow.run(runner_cls=DSFlowRunner)."
-            )
+            raise NotImplementedError("Below Prefect 0.12, use flow.run(runner_cls=DSFlowRunner).")
         super().__init__()
         self.flow = flow
         self.executor = executor or LocalExecutor()
@@ -1395,10 +1371,7 @@ class DSExecutor(Executor):
     def start(self: Any = None) -> Iterator[None]:
         """Start Prefect's executor, for a run of the flow in this thread."""
         if self is None:
-            raise TypeError(
-                "The flow has the class DSExecutor as its executor, not an instance: "
-                "flow.executor = DSExecutor(flow)."
-            )
+            raise TypeError("flow.executor is a class, not an instance as in DSExecutor(flow).")
         thread = threading.get_ident()
         outer = self._under_way.get(thread)
         self._under_way[thread] = _in_order(self.flow, self.executor, self.logger)
@@ -1577,8 +1550,7 @@ class _Call:
                 outcome.cached_inputs = {}
                 if upstream_states is not None:
                     upstream_states.clear()
-                for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
-                    each._result = PurgedResult
+                reduced.clear()
         return outcome
 
 
@@ -1614,9 +1586,8 @@ def _all_in(futures, kind):
 class _Order:
     """Which call comes next: deep before wide.
 
-    Whatever misses least comes first; then what has begun last; then the oldest. So a partition
-    goes through all its mapped stages before the next one starts, as in Dask's ordering
-    (https://docs.dask.org/en/stable/order.html).
+    What misses least comes first; then what has begun last; then the oldest. So a partition goes
+    through all stages before the next one starts: https://docs.dask.org/en/stable/order.html.
     """
 
     def __init__(self):
@@ -1878,8 +1849,7 @@ class _Run:
     def _grow(self, piece):
         """Let those join that can run in one place after the others, and miss nothing else.
 
-        What one of them returns never leaves that place, as where Dask fuses tasks
-        (https://docs.dask.org/en/stable/optimize.html).
+        So Dask fuses tasks, too: https://docs.dask.org/en/stable/optimize.html.
         """
 
         def resources(call):
@@ -1971,10 +1941,7 @@ class _Run:
 
 
 def _run_piece(context, piece):
-    """Run the calls of a piece one after the other; return their outcomes.
-
-    Calls are not changed: what they come to, and their claims, are noted here.
-    """
+    """Run calls one after the other; return their outcomes. The calls themselves do not change."""
     outcomes: Dict[_Call, Any] = {}
     claims = {call: call.claims for call in piece}
     # `prefect.context(...)` merges the configuration that it is handed into the one that is there,
@@ -2037,20 +2004,20 @@ class _Progress:
 def _in_order(flow, executor, logger):
     """The executor for a flow run: one of ours that uses the given one, or else that itself."""
     _note_recomputed(flow)
-    place: Any = None
-    own: Any = ()
-    for base, kind, passed_over in [
+    known = [
         (LocalExecutor, _Here, ["map"]),
         (DaskExecutor, _OnCluster, ["map"]),
         (LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]),
-    ]:
-        if isinstance(executor, base):
-            place, of = kind, functools.partial(getattr, type(executor))
-            own = [name for name in passed_over if of(name, 0) is not getattr(base, name, 0)]
+    ]
+    found: Any = next(
+        (each for each in known if isinstance(executor, each[0])), (Executor, None, ())
+    )
+    (base, place, passed_over), cls = found, type(executor)
+    own = [name for name in passed_over if getattr(cls, name, 0) is not getattr(base, name, 0)]
     if place is None or own:
         reason = f"has a {' and a '.join(own)} of its own" if own else "is not known to prefect_ds"
         text = "%s %s. So the flow runs as without prefect_ds, and all results are kept."
-        logger.warning(text, type(executor).__name__, reason)
+        logger.warning(text, cls.__name__, reason)
         return executor
     if place is _InThreads and executor.scheduler.startswith(("sync", "single")):
         place, executor = _Here, LocalExecutor()  # It would keep all results, too.
@@ -2067,8 +2034,7 @@ class _Here:
     width = 1  # how many pieces may be under way
 
     def __init__(self, executor):
-        self._executor = executor
-        self._done: Any = queue.Queue()
+        self._executor, self._done = executor, queue.Queue()  # type: Any, Any
 
     @contextmanager
     def start(self, context, tasks):
@@ -2151,8 +2117,7 @@ class _InProcesses(_InThreads):
 class _OnCluster(_InThreads):
     """Calls run on the cluster of a `DaskExecutor`.
 
-    What is small comes to the client as soon as it is there; for the rest a digest comes, and the
-    results stay on the cluster until they are wanted.
+    Of what is not small, a digest comes to the client; it stays there until it is wanted.
     """
 
     _shared: Any = None
@@ -2160,8 +2125,7 @@ class _OnCluster(_InThreads):
     @contextmanager
     def start(self, context, tasks):
         self._context, self._tasks, self._turns = context, tasks, itertools.count(1)
-        # More wait on the cluster than it has threads for, for workers that join. Not all: a map
-        # of a million would lie in the memory of its scheduler.
+        # Enough for workers that join; not all, which its scheduler would have in memory.
         self.width = max(1000, 4 * sum(self._executor.client.nthreads().values()))
         yield
 
@@ -2231,10 +2195,7 @@ def _without_what_is_large(outcomes):
 
 
 def _dumps(piece, numbers):
-    """The pickle of a piece, and the futures of other pieces' results that it needs.
-
-    It refers to these, and by `numbers` to what all pieces have in common.
-    """
+    """A pickle that refers by `numbers` to what is common, and the futures that it refers to."""
     sources: dict = {}
 
     def persistent_id(thing):

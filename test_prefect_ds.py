@@ -511,7 +511,7 @@ prefect.engine.flow_runner.FlowRunner: run_task task state upstream_states conte
 if prefect_ds._HAS_LOCATIONS:
     INTERNALS += """
 prefect.engine.task_runner.TaskRunner: check_target state inputs
-prefect.engine.result.Result: format, from_value value, read location, write, exists location
+prefect.engine.result.Result: from_value value, read location, write, exists location
 """
 else:
     INTERNALS += """
