@@ -890,9 +890,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
     ... )  # doctest: +SKIP
     """
     if not isinstance(task_runner, TaskRunner):
-        raise TypeError(
-            "checkpoint_handler is none of a task or a flow, but one of task_runner_state_handlers."
-        )
+        raise TypeError("Not for a task: flow.run(task_runner_state_handlers=[checkpoint_handler])")
     run = task_runner
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
         run = DSTaskRunner(task_runner.task, None, getattr(task_runner, _STORAGE))
@@ -1482,8 +1480,8 @@ class _Call:
     a call that is done simply is its state.
     """
 
-    #: What a piece of work needs to know: what is called, `context` without what all calls share,
-    #: by how many edges it will be read, and which calls of its own piece it `reads`.
+    #: For a piece of work: what is called, `context` without what all share, by how many edges it
+    #: will be read, and which calls of its own piece it `reads`.
     _SENT = ("function", "args", "kwargs", "context", "claims", "is_kept", "reads")
     #: What the flow runner's process knows. `index` is -1 for the task itself. `needs` are the
     #: calls that it cannot begin without, the first one last: `size` in all, of which some are
@@ -1550,7 +1548,8 @@ class _Call:
                 outcome.cached_inputs = {}
                 if upstream_states is not None:
                     upstream_states.clear()
-                reduced.clear()
+                for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
+                    each._result = PurgedResult
         return outcome
 
 
@@ -1944,8 +1943,8 @@ def _run_piece(context, piece):
     """Run calls one after the other; return their outcomes. The calls themselves do not change."""
     outcomes: Dict[_Call, Any] = {}
     claims = {call: call.claims for call in piece}
-    # `prefect.context(...)` merges the configuration that it is handed into the one that is there,
-    # key by key, several times per task run: most of Prefect's time. Put in place, it is left out.
+    # Prefect merges the configuration that it is handed into the one that is there, key by key,
+    # several times per task run: most of its time. Put in place, it is left out.
     context, own = dict(context), prefect.context.get("config")
     prefect.context["config"] = config = context.pop("config")
     if _CONTEXT_CONFIGURES:

@@ -1439,7 +1439,7 @@ def test_a_file_belongs_to_one_task_run(build, executor):
         assert state.is_failed() and len(failures) == 1
         message = str(failures[0].result)
         assert "belongs to the task run" in message and message.count(".csv") == 1
-        assert len(set(re.findall(r"ask run ('.+?'(?: \(.+?\))?) ", message))) == 2
+        assert len(set(re.findall(r"ask run ('.+?' \(.+?\))[. ]", message))) == 2
         # Who came second neither ran nor wrote; and the next run finds no file of the other one.
         left = [path for path in Path().rglob("*.csv*") if path.is_file()]
         assert all(".unreadable-" in path.name for path in left) and len(left) == len(calls) == n
@@ -1842,9 +1842,9 @@ def test_runs_within_runs_and_at_once_share_the_executor():
 def test_what_the_executor_does_not_take():
     flow = chain(1)
     for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
-        with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow|argument"):
+        with pytest.raises(TypeError, match="takes a flow and an executor|argument"):
             DSExecutor(*arguments)
-    with pytest.raises(TypeError, match=r"flow.executor = DSExecutor\(flow\)"):
+    with pytest.raises(TypeError, match=r"not an instance as in DSExecutor\(flow\)"):
         DSExecutor.start().__enter__()  # as on a flow that has the class as its executor
 
 
