@@ -1415,8 +1415,7 @@ def _has_read_for_good(outcome):
     """Whether a task run that came to this will never read its inputs again."""
     if not isinstance(outcome, State):
         return True
-    # A later round runs a Cached task again, to see whether its inputs are still the same; not
-    # so if there was a file at its target.
+    # A later round looks whether the inputs of a Cached task are the same, unless it was found.
     return outcome.is_finished() and (not outcome.is_cached() or _marks_of(outcome).is_found)
 
 
@@ -1665,8 +1664,7 @@ class _Run:
         self._context: dict = {}  # what the contexts of all calls have in common
         self._given_ends: List[State] = []  # what tasks came to in earlier rounds
         self._is_reported = False  # Given states come from a backend: they are nobody else's.
-        # What Prefect 0.9 asks for as well.
-        self.timeout_handler = getattr(executor, "timeout_handler", None)
+        self.timeout_handler = getattr(executor, "timeout_handler", None)  # for Prefect 0.9
 
     @contextmanager
     def start(self):
@@ -2214,17 +2212,20 @@ def _dumps(piece, numbers):
 _load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Such as may be given a `persistent_load` of its own."""
+
+
 def _run_work(shared, work, *sources):
     common = _load_shared(shared)
 
     def persistent_load(found):
         if isinstance(found, tuple):
-            number, position = found
-            return sources[number][position]._result
+            return sources[found[0]][found[1]]._result
         return common[found]
 
     with io.BytesIO(work) as file:
-        unpickler: Any = pickle.Unpickler(file)
+        unpickler: Any = _Unpickler(file)
         unpickler.persistent_load = persistent_load
         return _run_piece(common[0], unpickler.load())
 

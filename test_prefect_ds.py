@@ -1842,7 +1842,7 @@ def test_runs_within_runs_and_at_once_share_the_executor():
 def test_what_the_executor_does_not_take():
     flow = chain(1)
     for arguments in [(), (LocalExecutor(),), (flow, LocalDaskExecutor), (flow, flow)]:
-        with pytest.raises(TypeError, match="takes a flow and an executor|argument"):
+        with pytest.raises(TypeError, match=r"takes a flow and an executor|argument"):
             DSExecutor(*arguments)
     with pytest.raises(TypeError, match=r"not an instance as in DSExecutor\(flow\)"):
         DSExecutor.start().__enter__()  # as on a flow that has the class as its executor
