@@ -93,7 +93,6 @@ try:
 except ImportError:  # below 0.14
     from prefect.engine.executors import DaskExecutor, Executor, LocalDaskExecutor, LocalExecutor
 
-
 #: Tasks that Prefect runs again in every later round of an unfinished flow, where it has them.
 _RESTARTED: tuple = (getattr(prefect.tasks.secrets, "SecretBase", ()),)
 if hasattr(prefect.tasks.core, "resource_manager"):
@@ -633,17 +632,17 @@ class PandasResult(_Storage):
             raise TypeError(f"{location} stores a pandas DataFrame, but the task returned {what}.")
         with _new_file(location, self._storage_options) as path:
             try:
-                what = "written"
+                what = "write it"
                 self._call_pandas(_WRITE, location, frame, path)
                 if os.path.isdir(path):
                     raise ValueError("pandas made a folder, but a result is one file")
-                what = "read back"
+                what = "read it back"
                 losses = self._losses_in(path, location, frame)
             except (OSError, ImportError, MemoryError):
                 raise
             except Exception as exc:
                 raise ValueError(
-                    f"{location} was not written, since it could not be {what}: "
+                    f"{location} was not written, since pandas could not {what}: "
                     f"{type(exc).__name__}: {exc}. Use pickle, or other keyword arguments."
                 ) from exc
         place = _absolute(location)

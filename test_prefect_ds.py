@@ -930,7 +930,7 @@ def test_says_what_a_file_does_not_keep_and_writes_what_pandas_alone_does(file_t
             assert Path(path).read_bytes() == b"earlier" and f"{path} was not written" in str(exc)
             assert re.search("Use (parquet or )?pickle", str(exc)), f"{odd}: {exc}"
             # Without columns, pandas alone reads something that was not written.
-            is_unreadable = "could not be read back" in str(exc) and not len(frame.columns)
+            is_unreadable = "could not read it back" in str(exc) and not len(frame.columns)
             not_written += [(odd, exc)] if has_to_work and not is_unreadable else []
             continue
         said = log(logging.WARNING)[before:]
