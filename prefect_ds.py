@@ -242,9 +242,10 @@ _hdf_lock = threading.RLock()
 
 
 def _extension_of(path):
-    """The extension in lower case, without the dot, and without those of compressions."""
-    name = re.sub(r"(\.(bz2|gz|gzip|xz|zip|zst))+$", "", os.path.basename(path).lower())
-    return os.path.splitext(name)[1][1:]
+    """The extension in lower case, without the dot, and what is behind it in some names."""
+    behind = r"(\.(bz2|gz|gzip|xz|zip|zst|unreadable-\w+))+$"
+    name = re.sub(behind, "", os.path.basename(path).lower())
+    return name.rpartition(".")[2] if "." in name else ""
 
 
 def _check_file_type(file_type, path):
@@ -381,7 +382,7 @@ def _stat(path, storage_options):
 
 
 #: In the names of the hidden folders in which processes on this host write.
-_MARK = f"~{socket.gethostname().partition('.')[0]}-"
+_MARK = f"~{socket.gethostname()}-"
 
 
 @contextmanager
@@ -481,11 +482,9 @@ class PandasResult(_Storage):
 
     Raises
     ------
-    TypeError
-        If the path is no str and no PathLike.
-    ValueError
-        If it is no template, if neither it nor `file_type` tells a type that pandas has, or if
-        `read_kwargs` ask for a frame in parts.
+    TypeError, ValueError
+        If the path is no str, no PathLike, or no template; if neither it nor `file_type` tells a
+        type that pandas has; if `read_kwargs` ask for a frame in parts.
 
     Examples
     --------
@@ -606,10 +605,8 @@ class PandasResult(_Storage):
         try:
             return self._load(place)
         except Exception as exc:
-            raise ValueError(
-                f"{self._put_aside(place, exc)}. It has the result of {self._owner!r}. Run the "
-                "flow once more: without the file, its task will run."
-            ) from exc
+            what = self._put_aside(place, exc)
+            raise ValueError(f"{what}. Run the flow again, and {self._owner!r} makes it.") from exc
 
     def _put_aside(self, place, error):
         """Set a file aside that cannot be read, and say so; raise the error if the file is fine."""
@@ -619,6 +616,11 @@ class PandasResult(_Storage):
         # A damaged pickle may look for any module, and ask for any amount of memory.
         is_pickle = _check_file_type(self._file_type, place) == "pickle"
         is_of_process = isinstance(error, (ImportError, MemoryError)) and not is_pickle
+        plain = copy.copy(self)
+        plain.read_kwargs = {}
+        with suppress(Exception):
+            plain._load(place)
+            is_of_process = True  # It is these arguments that do not fit.
         if not is_gone and (is_of_system or is_of_process or "keyword argument" in str(error)):
             raise error
         aside = _set_aside(place, self._storage_options)
@@ -689,6 +691,8 @@ class PandasResult(_Storage):
                 raise
             except Exception as exc:
                 refused = refused or exc
+                if file_type == "csv" and not re.search("argument|option|support|engine", str(exc)):
+                    break
             else:
                 # `read_html` returns the tables of a page; a page that we wrote has one.
                 return found[0] if isinstance(found, list) else found
@@ -932,12 +936,11 @@ def _note_recomputed(flow):
                 if any(edge.upstream_task in tasks for edge in flow.edges_to(task)):
                     tasks.add(task)
         # A flow within a task has tasks of its own.
-        is_inner = getattr(_in_thread, "reads", None) is not None
-        if not tasks and pattern != _OUT_OF_DATE and not is_inner:
+        if not tasks and pattern != _OUT_OF_DATE and getattr(_in_thread, "reads", None) is None:
             names = ", ".join(sorted({task.name for task in flow.tasks}))
             raise ValueError(f"recompute={pattern!r} matches no task of the flow. It has: {names}.")
         found |= tasks
-    if patterns:
+    if prefect.context.get(_RECOMPUTE):
         slugs = getattr(flow, "slugs", None) or {task: task.slug for task in flow.tasks}
         of_no_task = {_OUT_OF_DATE}.intersection(patterns)
         prefect.context[_RECOMPUTED] = of_no_task.union(slugs[task] for task in found)
@@ -1198,10 +1201,11 @@ class DSTaskRunner(TaskRunner):
                 index = prefect.context.get("map_index") if edge.mapped else ""
                 maker = _marks_of(upstream_state).origin or f"{edge.key} of {self.slug}"
                 words[edge.key] = f"that of {maker} {index}"
-                if _location_of(result) is not None:
+                is_ours = isinstance(getattr(result, "result_handler", result), PandasResult)
+                if is_ours and _location_of(result) is not None:
                     words[edge.key] = f"stored {_location_of(result)}"
                 elif not isinstance(result, _Listed) and _is_plain(result.value):
-                    words[edge.key] = pprint.saferepr(result.value)
+                    words[edge.key] = f"{type(result.value)} {pprint.saferepr(result.value)}"
         arguments = repr(sorted(words.items()))
         texts = (f"{self.slug} {arguments}", f"{parts} {arguments}")
         return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
@@ -1322,10 +1326,9 @@ class DSFlowRunner(FlowRunner):
 class DSExecutor(Executor):
     """An `Executor` that does what `DSFlowRunner` does, where Prefect chooses the flow runner.
 
-    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`: tasks are run
-    by `DSTaskRunner`, those whose file is there are not run, as `checkpoint_handler` does it, and
-    each result is dropped as soon as its last reader has finished. A task runner class of your own
-    has to inherit from `DSTaskRunner`, under a backend from `DSCloudTaskRunner`.
+    So under Prefect Server and Cloud, with any agent, and with plain `flow.run()`. It includes
+    `DSTaskRunner` and `checkpoint_handler`. A task runner class of your own has to inherit from
+    `DSTaskRunner`, under a backend from `DSCloudTaskRunner`.
 
     Parameters
     ----------
@@ -1448,7 +1451,7 @@ def _errors_behind(result):
         if isinstance(error, BaseException) and id(error) not in seen:
             seen.add(id(error))
             yield error
-            ahead += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+            ahead += [error.__cause__, error.__context__, *(getattr(error, "exceptions", ()) or ())]
 
 
 class _Plan:
@@ -1544,6 +1547,8 @@ class _Call:
                 # Up to Prefect 0.11 every state holds its inputs, in case that it is retried. The
                 # calls in the traceback of an error have those that were handed to them.
                 outcome.cached_inputs = {}
+                if _marks_of(self.kwargs.get("state")).is_for_next_round:
+                    self.kwargs["state"].cached_inputs = {}
                 if upstream_states is not None:
                     upstream_states.clear()
                 for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
@@ -2005,10 +2010,8 @@ def _in_order(flow, executor, logger):
         (DaskExecutor, _OnCluster, ["map"]),
         (LocalDaskExecutor, _InThreads, ["submit", "map", "wait"]),
     ]
-    found: Any = next(
-        (each for each in known if isinstance(executor, each[0])), (Executor, None, ())
-    )
-    (base, place, passed_over), cls = found, type(executor)
+    kind: Any = next((k for k in known if isinstance(executor, k[0])), (Executor, None, ()))
+    (base, place, passed_over), cls = kind, type(executor)
     own = [name for name in passed_over if getattr(cls, name, 0) is not getattr(base, name, 0)]
     if place is None or own:
         reason = f"has a {' and a '.join(own)} of its own" if own else "is not known to prefect_ds"
@@ -2111,10 +2114,7 @@ class _InProcesses(_InThreads):
 
 
 class _OnCluster(_InThreads):
-    """Calls run on the cluster of a `DaskExecutor`.
-
-    Of what is not small, a digest comes to the client; it stays there until it is wanted.
-    """
+    """Calls run on a `DaskExecutor`; what is large stays on its cluster until it is wanted."""
 
     _shared: Any = None
 
