@@ -1445,7 +1445,8 @@ def _is_large(outcome):
 
 def _errors_behind(result):
     """The error in a result, and those that led to it, but none of whoever runs the flow."""
-    ahead, seen = [getattr(result, "value", None)], {id(sys.exc_info()[1])}
+    # In no file: the value of a `PandasResult` has another name.
+    ahead, seen = [vars(result).get("value")], {id(sys.exc_info()[1])}
     while ahead:
         error = ahead.pop()
         if isinstance(error, BaseException) and id(error) not in seen:
@@ -1650,7 +1651,9 @@ class _Run:
             upstream.downstream.append(plan)
             plan.edges.append(edge)
             plan.maps |= edge.mapped
-            if _is_read(edge):
+            if getattr(edge, "flattened", False):
+                upstream.readers += 10**9  # In each round, Prefect asks for all lengths again.
+            elif _is_read(edge):
                 plan.reads.append(edge)
                 plan.unsettled.append(edge)
                 upstream.readers += 1
@@ -1801,8 +1804,7 @@ class _Run:
     def _items(self, edge, index):
         """The item of a map that a child of this index reads through an edge, in a list."""
         calls = self._plans[edge.upstream_task].calls
-        is_by_item = edge.mapped and len(calls) > 1 and not getattr(edge, "flattened", False)
-        return calls[index + 1 : index + 2] if is_by_item else []
+        return calls[index + 1 : index + 2] if edge.mapped and len(calls) > 1 else []
 
     def _reads(self, call):
         """The calls on whose results this one holds claims, one for each edge."""
@@ -1908,10 +1910,7 @@ class _Run:
         )
         for edge in list(plan.unsettled):
             upstream = self._plans[edge.upstream_task].calls
-            is_by_item = edge.mapped and len(upstream) > 1
-            if is_by_item and getattr(edge, "flattened", False):
-                continue  # In each round, Prefect asks all children for their lengths.
-            if is_known if is_by_item else not plan.reading:
+            if is_known if edge.mapped and len(upstream) > 1 else not plan.reading:
                 plan.unsettled.remove(edge)
                 for call in upstream:
                     self._release(call)

@@ -3276,7 +3276,7 @@ def _read_in_vain(flow):
             edge.downstream_task.cache_for
             or getattr(edge, "flattened", False)
             or (edge.mapped and index is None)
-            or edge.downstream_task.trigger is _look_at_results
+            or getattr(edge.downstream_task.trigger, "__module__", "") != "prefect.triggers"
             or (edge.downstream_task.name, index if edge.mapped else ANY) in has_run
             for edge in flow.edges_from(source)
             if _is_read(edge)
