@@ -1201,8 +1201,8 @@ class DSTaskRunner(TaskRunner):
                 index = prefect.context.get("map_index") if edge.mapped else ""
                 maker = _marks_of(upstream_state).origin or f"{edge.key} of {self.slug}"
                 words[edge.key] = f"that of {maker} {index}"
-                is_ours = isinstance(getattr(result, "result_handler", result), PandasResult)
-                if is_ours and _location_of(result) is not None:
+                storage = result if _HAS_LOCATIONS else result.result_handler
+                if isinstance(storage, PandasResult) and _location_of(result) is not None:
                     words[edge.key] = f"stored {_location_of(result)}"
                 elif not isinstance(result, _Listed) and _is_plain(result.value):
                     words[edge.key] = f"{type(result.value)} {pprint.saferepr(result.value)}"
