@@ -1438,9 +1438,10 @@ def _is_large(outcome):
             return True
         # What is in a file and not at hand has the value None.
         outcome = outcome.result if outcome.is_successful() and not outcome.is_mapped() else None
-    if isinstance(outcome, (str, bytes)):
-        return len(outcome) > 1000
-    return not isinstance(outcome, (int, float, type(None)))
+    items = outcome if isinstance(outcome, (list, tuple)) else [outcome]
+    sizes = [len(item) if isinstance(item, (str, bytes)) else 1 for item in items]
+    small = (int, float, str, bytes, type(None))
+    return sum(sizes) > 1000 or not all(isinstance(item, small) for item in items)
 
 
 def _errors_behind(result):
