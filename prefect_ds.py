@@ -237,8 +237,8 @@ _C_DEFAULTS: dict = {"low_memory": False}
 if int(pandas.__version__.split(".")[0]) < 3:
     _C_DEFAULTS["float_precision"] = "round_trip"
 
-#: PyTables may end the process if two threads are in it.
-_hdf_lock = threading.RLock()
+#: For PyTables, which may end the process if two threads are in it; and for taking files.
+_lock = threading.RLock()
 
 
 def _extension_of(path):
@@ -685,7 +685,7 @@ class PandasResult(_Storage):
         refused: Any = None
         for defaults in (*filter(None, several), {}):
             try:
-                with _hdf_lock if file_type == "hdf" else nullcontext():
+                with _lock if file_type == "hdf" else nullcontext():
                     found = _FILE_TYPES[file_type][direction](*args, **{**defaults, **kwargs})
             except (OSError, ImportError, MemoryError):
                 raise
@@ -1176,7 +1176,8 @@ class DSTaskRunner(TaskRunner):
         if not _is_url(file):
             file = os.path.normcase(os.path.realpath(file))
         self.marks = self.marks._replace(file=file, work=self._describe())
-        message = _conflict(_claims_of(_flow_run()).setdefault(file, self.marks), self.marks)
+        with _lock:
+            message = _conflict(_claims_of(_flow_run()).setdefault(file, self.marks), self.marks)
         if message:
             raise ValueError(f"{message} Nothing was read or written.")
         self.location = location
