@@ -1983,9 +1983,9 @@ class _Progress:
         self.failed += state.is_failed()
         now = time.monotonic()
         if self._bar is None and tqdm is not None and now >= self._begin + self.SECONDS_BEFORE_BAR:
-            no_terminal = None if sys.stderr else True  # None: tqdm finds out.
-            self._bar = tqdm(desc="mapped task runs", unit="", disable=no_terminal)
-        if self._bar is not None and not self._bar.disable:
+            if sys.stderr is not None and sys.stderr.isatty():
+                self._bar = tqdm(desc="mapped task runs", unit="")
+        if self._bar is not None:
             self._bar.total = self.total
             self._bar.set_postfix(found=self.found, failed=self.failed, refresh=False)
             self._bar.update(self.done - self._bar.n)
