@@ -1982,9 +1982,9 @@ class _Progress:
         self.found += _marks_of(state).is_found
         self.failed += state.is_failed()
         now = time.monotonic()
-        if self._bar is None and tqdm is not None and now >= self._begin + self.SECONDS_BEFORE_BAR:
-            if sys.stderr is not None and sys.stderr.isatty():
-                self._bar = tqdm(desc="mapped task runs", unit="")
+        is_due = self._bar is None and now >= self._begin + self.SECONDS_BEFORE_BAR
+        if is_due and tqdm is not None and sys.stderr and sys.stderr.isatty():
+            self._bar = tqdm(desc="mapped task runs", unit="")
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.set_postfix(found=self.found, failed=self.failed, refresh=False)
