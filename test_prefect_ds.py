@@ -3150,10 +3150,12 @@ def _branch(x, step):
 
 def _outcomes(plan, flow_runner_cls, executor, folder, handlers=(checkpoint_handler,)):
     """What the rounds of a run of the plan come to, as far as two runs must agree."""
-    with tempfile.TemporaryDirectory() as notes, prefect.context(
-        caches={}, folder_of_notes=notes, folder_of_files=folder
-    ):
-        return list(_rounds(plan, flow_runner_cls, executor(), [*handlers, _note]))
+    notes = tempfile.mkdtemp()
+    try:
+        with prefect.context(caches={}, folder_of_notes=notes, folder_of_files=folder):
+            return list(_rounds(plan, flow_runner_cls, executor(), [*handlers, _note]))
+    finally:  # Where a flow runner has failed, what it had begun may still be writing.
+        shutil.rmtree(notes, ignore_errors=True)
 
 
 def _rounds(plan, flow_runner_cls, executor, handlers):
