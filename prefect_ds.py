@@ -224,8 +224,7 @@ _DEFAULTS: dict = {
     "hdf": ({"key": "data"}, {"key": "data", "mode": "w"}),
     "html": (_WORDS_STAY, {"index": False, "float_format": str, "na_rep": ""}),
     "json": ({"precise_float": True}, {"double_precision": 15}),
-    "jsonl": _BY_LINES,
-    "ndjson": _BY_LINES,
+    **dict.fromkeys(("jsonl", "ndjson"), _BY_LINES),
     "stata": ({}, {"write_index": False}),
     "tsv": ({**_WORDS_STAY, "sep": "\t"}, {"index": False, "sep": "\t"}),
     "xml": ({}, {"index": False}),
@@ -237,8 +236,8 @@ _C_DEFAULTS: dict = {"low_memory": False}
 if int(pandas.__version__.split(".")[0]) < 3:
     _C_DEFAULTS["float_precision"] = "round_trip"
 
-#: For PyTables, which may end the process if two threads are in it; and for taking files.
-_lock = threading.RLock()
+#: PyTables may end the process if two threads are in it.
+_hdf_lock = threading.RLock()
 
 
 def _extension_of(path):
@@ -612,16 +611,17 @@ class PandasResult(_Storage):
         """Set a file aside that cannot be read, and say so; raise the error if the file is fine."""
         is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
         # Libraries raise an OSError for what they read, too, but have no number for it.
-        is_of_system = getattr(error, "errno", None) or isinstance(error, ConnectionError)
+        is_fine = getattr(error, "errno", None) or isinstance(error, ConnectionError)
         # A damaged pickle may look for any module, and ask for any amount of memory.
-        is_pickle = _check_file_type(self._file_type, place) == "pickle"
-        is_of_process = isinstance(error, (ImportError, MemoryError)) and not is_pickle
-        plain = copy.copy(self)
-        plain.read_kwargs = {}
-        with suppress(Exception):
-            plain._load(place)
-            is_of_process = True  # It is these arguments that do not fit.
-        if not is_gone and (is_of_system or is_of_process or "keyword argument" in str(error)):
+        if _check_file_type(self._file_type, place) != "pickle":
+            is_fine = is_fine or isinstance(error, (ImportError, MemoryError))
+        if self.read_kwargs and not is_fine:
+            plain = copy.copy(self)
+            plain.read_kwargs = {}
+            with suppress(Exception):
+                plain._load(place)
+                is_fine = True  # It is these arguments that do not fit.
+        if is_fine and not is_gone:
             raise error
         aside = _set_aside(place, self._storage_options)
         reason = f"cannot be read ({type(error).__name__}: {error})"
@@ -685,7 +685,7 @@ class PandasResult(_Storage):
         refused: Any = None
         for defaults in (*filter(None, several), {}):
             try:
-                with _lock if file_type == "hdf" else nullcontext():
+                with _hdf_lock if file_type == "hdf" else nullcontext():
                     found = _FILE_TYPES[file_type][direction](*args, **{**defaults, **kwargs})
             except (OSError, ImportError, MemoryError):
                 raise
@@ -803,13 +803,20 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
 
+#: Two threads may be the first of a flow run to ask for its claims.
+_claims_lock = threading.Lock()
 
-def _is_plain(value):
-    """Whether equal values have the same text, in any process."""
-    items = list(value.items()) if type(value) is dict else value
-    if type(items) in (list, tuple):
-        return len(items) <= 1000 and all(map(_is_plain, items))
-    return isinstance(value, _PLAIN)
+
+def _text_of(value):
+    """The same text for equal plain values, in any process; None for others."""
+    if isinstance(value, _PLAIN):
+        return f"{type(value)} {value!r}"
+    if type(value) not in (list, tuple, dict) or len(value) > 1000:
+        return None
+    texts = [_text_of(item) for item in (value.items() if type(value) is dict else value)]
+    if None in texts:
+        return None
+    return f"{type(value)} {sorted(texts) if type(value) is dict else texts}"
 
 
 def _flow_run():
@@ -830,8 +837,7 @@ def _conflict(earlier, later):
     return (
         f"The file {earlier.file} belongs to the task run {earlier.name!r} ({earlier.origin}). The "
         f"task run {later.name!r} ({later.origin}) of this flow run has the same path, but is not "
-        "the same task with equal arguments. Put into the path what tells them apart: an argument "
-        "that differs, or {task_name}."
+        "the same task with equal arguments. Put an argument that differs, or {task_name}, into it."
     )
 
 
@@ -888,22 +894,20 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
 
     Examples
     --------
-    >>> flow.run(
-    ...     runner_cls=DSFlowRunner, task_runner_state_handlers=[checkpoint_handler]
-    ... )  # doctest: +SKIP
+    >>> flow.run(task_runner_state_handlers=[checkpoint_handler])  # doctest: +SKIP
     """
     if not isinstance(task_runner, TaskRunner):
         raise TypeError("Not for a task: flow.run(task_runner_state_handlers=[checkpoint_handler])")
     run = task_runner
     if not isinstance(run, DSTaskRunner):  # Of its arguments nobody knows.
         run = DSTaskRunner(task_runner.task, None, getattr(task_runner, _STORAGE))
-        run._note_origin()
+        run._note_run()
     if run.storage is None:
         return new_state
     try:
         if old_state.is_pending() and new_state.is_running():
             new_state = run.find_checkpoint(Success) or new_state
-        elif old_state.is_running() and new_state.is_successful() and not new_state.is_skipped():
+        elif old_state.is_running() and new_state.is_successful():
             run.write_checkpoint(new_state)
     except Exception as exc:
         # The task's own handlers have seen `new_state`, so they must hear of the failure.
@@ -959,9 +963,7 @@ class DSTaskRunner(TaskRunner):
 
     Examples
     --------
-    >>> FlowRunner(flow, task_runner_cls=DSTaskRunner).run(
-    ...     task_runner_state_handlers=[checkpoint_handler]
-    ... )  # doctest: +SKIP
+    >>> FlowRunner(flow, task_runner_cls=DSTaskRunner).run()  # doctest: +SKIP
     """
 
     storage: Any = None  # where the result goes, if it is one of ours
@@ -981,9 +983,7 @@ class DSTaskRunner(TaskRunner):
     def __init__(self, task, *args, **kwargs):
         given = (getattr(task, _STORAGE), *args, *kwargs.values())
         if any(_is_class(storage, PandasResult) for storage in given):
-            raise TypeError(
-                f"The storage of task {task.name!r} is a class, not an instance of PandasResult."
-            )
+            raise TypeError(f"The storage of {task.name!r} is PandasResult, not an instance of it.")
         super().__init__(task, *args, **kwargs)
         storage = getattr(self, _STORAGE)
         if isinstance(storage, PandasResult):
@@ -1011,7 +1011,8 @@ class DSTaskRunner(TaskRunner):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
         return state
 
-    def _note_origin(self):
+    def _note_run(self):
+        """Note what the context says: which task run it is, and whether its file counts."""
         name, self.slug = map(prefect.context.get, ("task_full_name", "task_slug"))
         self.slug = self.slug or self.task.name
         self.marks = _Marks(f"{self.slug} {name}", name)
@@ -1024,7 +1025,7 @@ class DSTaskRunner(TaskRunner):
 
     def check_upstream_finished(self, state, upstream_states):
         """As Prefect's; moreover, note what is known of this run."""
-        self._note_origin()
+        self._note_run()
         for edge, upstream_state in upstream_states.items():
             if not edge.mapped:
                 _list_children(upstream_state)
@@ -1080,8 +1081,10 @@ class DSTaskRunner(TaskRunner):
     def handle_state_change(self, old_state, new_state):
         """As Prefect's, but a copy of what a handler has put in: it may be in use elsewhere."""
         state = super().handle_state_change(old_state, new_state)
+        if state is new_state:
+            return state
         with _reading(False):  # To copy a state is to look at its result.
-            return state if state is new_state else copy.copy(state)
+            return copy.copy(state)
 
     def call_runner_target_handlers(self, old_state, new_state):
         """As Prefect's; moreover, write what Prefect wants written, once the task has ended."""
@@ -1126,8 +1129,8 @@ class DSTaskRunner(TaskRunner):
         return state_class(f"Found {place}{when}.", result=self._stored(frame, frame is None))
 
     def write_checkpoint(self, success):
-        """Write what a task has returned, unless Prefect has."""
-        if _location_of(success._result) is not None:
+        """Write what a task has returned, unless it was skipped, or Prefect has."""
+        if success.is_skipped() or _location_of(success._result) is not None:
             return
         self._locate()
         gives_it_back = self.storage._save(success.result, self.place)
@@ -1176,7 +1179,7 @@ class DSTaskRunner(TaskRunner):
         if not _is_url(file):
             file = os.path.normcase(os.path.realpath(file))
         self.marks = self.marks._replace(file=file, work=self._describe())
-        with _lock:
+        with _claims_lock:
             message = _conflict(_claims_of(_flow_run()).setdefault(file, self.marks), self.marks)
         if message:
             raise ValueError(f"{message} Nothing was read or written.")
@@ -1193,8 +1196,7 @@ class DSTaskRunner(TaskRunner):
         kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
         parts = [task.name, type(task).__module__, type(task).__qualname__, pprint.saferepr(kwargs)]
         for name, value in sorted({**self._defaults(), **own}.items()):
-            origin = f"{id(value)} in process {os.getpid()}"
-            parts.append((name, pprint.saferepr(value) if _is_plain(value) else origin))
+            parts.append((name, _text_of(value) or f"{id(value)} in process {os.getpid()}"))
         words = {"": self.marks.origin} if self.inputs is None else {}
         for edge, upstream_state in self.upstream_states.items():
             if edge.key in (self.inputs or {}):
@@ -1202,11 +1204,11 @@ class DSTaskRunner(TaskRunner):
                 index = prefect.context.get("map_index") if edge.mapped else ""
                 maker = _marks_of(upstream_state).origin or f"{edge.key} of {self.slug}"
                 words[edge.key] = f"that of {maker} {index}"
-                storage = result if _HAS_LOCATIONS else result.result_handler
-                if isinstance(storage, PandasResult) and _location_of(result) is not None:
+                made_by = result if _HAS_LOCATIONS else result.result_handler
+                if isinstance(made_by, PandasResult) and _location_of(result) is not None:
                     words[edge.key] = f"stored {_location_of(result)}"
-                elif not isinstance(result, _Listed) and _is_plain(result.value):
-                    words[edge.key] = f"{type(result.value)} {pprint.saferepr(result.value)}"
+                elif not isinstance(result, _Listed):
+                    words[edge.key] = _text_of(result.value) or words[edge.key]
         arguments = repr(sorted(words.items()))
         texts = (f"{self.slug} {arguments}", f"{parts} {arguments}")
         return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
@@ -1314,8 +1316,7 @@ class DSFlowRunner(FlowRunner):
         """As Prefect's, on an executor that goes deep first and purges as it goes."""
         # Below 0.12 the context has only those parameters that were passed.
         defaults = {p.name: p.default for p in self.flow.parameters() if not p.required}
-        given = dict(prefect.context.get("parameters") or {})
-        prefect.context["parameters"] = {**defaults, **given}
+        prefect.context["parameters"] = {**defaults, **(prefect.context.get("parameters") or {})}
         if not isinstance(executor, DSExecutor):  # which does the rest itself
             executor = _in_order(self.flow, executor, self.logger)
         state = super().get_flow_run_state(state, executor=executor, **kwargs)
@@ -1353,9 +1354,7 @@ class DSExecutor(Executor):
 
     def __init__(self, flow: Flow, executor: Optional[Executor] = None) -> None:
         if not isinstance(flow, Flow) or not isinstance(executor, (Executor, type(None))):
-            raise TypeError(
-                f"DSExecutor takes a flow and an executor, not {flow!r} and {executor!r}."
-            )
+            raise TypeError(f"DSExecutor takes a flow and an executor, not {flow!r}, {executor!r}.")
         if not _FLOW_RUNNER_MAPS:
             raise NotImplementedError("Below Prefect 0.12, use flow.run(runner_cls=DSFlowRunner).")
         super().__init__()
@@ -1440,9 +1439,9 @@ def _is_large(outcome):
         # What is in a file and not at hand has the value None.
         outcome = outcome.result if outcome.is_successful() and not outcome.is_mapped() else None
     items = outcome if isinstance(outcome, (list, tuple)) else [outcome]
-    sizes = [len(item) if isinstance(item, (str, bytes)) else 1 for item in items]
+    sizes = (len(item) if isinstance(item, (str, bytes)) else 1 for item in items)
     small = (int, float, str, bytes, type(None))
-    return sum(sizes) > 1000 or not all(isinstance(item, small) for item in items)
+    return len(items) > 1000 or sum(sizes) > 1000 or not all(isinstance(i, small) for i in items)
 
 
 def _errors_behind(result):

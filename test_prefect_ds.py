@@ -41,6 +41,7 @@ from unittest.mock import ANY, Mock, patch
 from urllib.request import urlopen
 
 import cloudpickle
+import numpy
 import pandas
 import pendulum
 import prefect
@@ -556,6 +557,7 @@ def test_import_lines_of_the_original_work(line):
 
 
 VENDORED = """
+import numpy
 import pandas
 from prefect import Flow, task
 from myproject.vendor import prefect_ds
@@ -1341,6 +1343,18 @@ def test_an_error_that_is_not_of_the_file_leaves_it_where_it_is(run_by, monkeypa
     assert run_by(flow).result[last].result == 3 and calls == [1] * 4
 
 
+def test_arguments_that_do_not_fit_are_at_fault_and_not_the_file():
+    write_file(FRAME, "data.csv")
+    content = Path("data.csv").read_bytes()
+    with Flow("typo") as flow:
+        calls = Calls()
+        made = calls.make(**stored("data.csv", read_kwargs={"parse_dates": ["oen"]}))(1)
+        last = task(lambda frame: len(frame), name="last")(made)
+    state = run(flow)
+    assert "oen" in f"{state.result[made].message} {state.result[last].message}"
+    assert files() == ["data.csv"] and Path("data.csv").read_bytes() == content and calls == []
+
+
 @on_each_executor
 def test_says_what_is_out_of_date_and_computes_it_if_it_is_told_to(executor, log):
     with Flow("out of date") as flow:
@@ -1413,6 +1427,8 @@ def a_linked_file(calls):
         mapping("{x}.csv", [1, 1], [2, 3]),
         mapping("{x.n}.csv", [types.SimpleNamespace(n=1), types.SimpleNamespace(n=1)]),
         twice(1, 2),
+        twice(0.1, numpy.float32(0.1)),
+        twice({"x": [0.1]}, {"x": [numpy.float32(0.1)]}),
         twice(FRAME, FRAME * 2),
         lambda calls: twice(*[Calls().make()(n) for n in (1, 2)])(calls),
         lambda calls: [at(calls, "a")(1), at(calls, "b")(1)],
@@ -1441,6 +1457,7 @@ def test_a_file_belongs_to_one_task_run(build, executor):
         assert "belongs to the task run" in message and message.count(".csv") == 1
         assert len(set(re.findall(r"ask run ('.+?' \(.+?\))[. ]", message))) == 2
         # Who came second neither ran nor wrote; and the next run finds no file of the other one.
+        assert [isinstance(s.result, object) for s in all_states(state)]  # and all can be read
         left = [path for path in Path().rglob("*.csv*") if path.is_file()]
         assert all(".unreadable-" in path.name for path in left) and len(left) == len(calls) == n
         told = {pandas.read_csv(str(path)).run[0] for path in left}
@@ -1554,7 +1571,7 @@ def test_result_handler_is_taken_as_long_as_prefect_takes_it():
 # fmt: off
 ENDS = [
     (signals.FAIL("no"), {}, "Failed"), (signals.SKIP("no"), {}, "Skipped"),
-    (signals.PAUSE("no"), {}, "Paused"), (signals.SUCCESS("", result=FRAME), {}, "Success"),
+    (signals.PAUSE("no"), {}, "Paused"), (signals.SUCCESS("no"), {}, "Success"),
     (ValueError("no"), {}, "Failed"), (None, {}, "Failed"), ([FRAME], {}, "Failed"),
     (ValueError("no"), {"max_retries": 1, "retry_delay": timedelta(1)}, "Retrying"),
     (FRAME["one"], {}, "Failed"), (FRAME, {"timeout": 1}, "TimedOut"),
@@ -1563,16 +1580,17 @@ ENDS = [
 
 
 @pytest.mark.parametrize("value, kwargs, kind", ENDS, ids=lambda value: type(value).__name__)
-def test_only_a_frame_of_a_task_that_succeeded_is_written(value, kwargs, kind):
+@pytest.mark.parametrize("context", [{}, {"checkpointing": True}], ids=["off", "on"])
+def test_only_a_frame_of_a_task_that_succeeded_is_written(value, kwargs, kind, context):
     def end():
         time.sleep(3 if "timeout" in kwargs else 0)
-        if isinstance(value, BaseException):
-            raise value
+        if isinstance(value, BaseException):  # a new one: a signal keeps the state that it made
+            raise type(value)("no", **({"result": FRAME} if kind == "Success" else {}))
         return value
 
     make = task(end, name="end", **kwargs, **stored("data.csv"))
     state = DSFlowRunner(Flow("ends", tasks=[make])).run(
-        return_tasks=[make], task_runner_state_handlers=[checkpoint_handler]
+        return_tasks=[make], task_runner_state_handlers=[checkpoint_handler], context=context
     )
     assert type(state.result[make]).__name__ == kind
     assert files() == (["data.csv"] if kind == "Success" else [])
@@ -1675,6 +1693,7 @@ def chain_of_files(calls):
         (("a, b", "[x]"), {"a, b", "[x]"}),
         (["first++"], {"first+"}),
         ("", set()),
+        (" , ", set()),
     ],
     ids=str,
 )
@@ -1683,9 +1702,8 @@ def test_recomputes_for_one_run(recompute, computed, executor):
     calls = []
     flow = chain_of_files(calls)
     run(flow)
-    for expected in (computed, set()):
+    for expected, context in [(computed, {"recompute": recompute}), (set(), {})]:
         del calls[:]
-        context = {"recompute": recompute} if expected else {}
         assert run(flow, context=context, executor=EXECUTORS[executor]()).is_successful()
         assert {name for name, *_ in calls} == expected
         assert len(calls) == len(expected) + ("mapped" in expected)
