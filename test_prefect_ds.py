@@ -199,9 +199,6 @@ class InOnePool(LocalDaskExecutor):
 
 slow = pytest.mark.skipif(not IS_SLOW_ONE, reason="It runs on three releases of Prefect.")
 takes_posix = pytest.mark.skipif(os.name == "nt", reason="takes fork, setuid or SIGKILL")
-takes_flatten = pytest.mark.skipif(
-    not hasattr(prefect, "flatten"), reason="This Prefect flattens nothing."
-)
 purges_on_dask = pytest.mark.skipif(
     not PURGES_ON_DASK, reason="Below Prefect 0.12 Dask's executors run as without prefect_ds."
 )
