@@ -1904,11 +1904,9 @@ class _Run:
     def _settle(self, plan):
         """Give back the claims of a mapped task's edges through which nothing more is read."""
         own = plan.calls[0] if plan.calls else None
-        if not plan.is_passed or (own is not None and not plan.maps):
+        if not plan.is_passed or (own and not plan.maps):
             return
-        is_known = own is None or (
-            own.is_done and (plan.calls[1:] or _has_read_for_good(own.value))
-        )
+        is_known = not own or (own.is_done and (plan.calls[1:] or _has_read_for_good(own.value)))
         for edge in list(plan.unsettled):
             upstream = self._plans[edge.upstream_task].calls
             if is_known if edge.mapped and len(upstream) > 1 else not plan.reading:
@@ -2237,6 +2235,8 @@ def _run_on_worker(shared, work, *sources):
     outcomes = _run_work(shared, work, *sources)
     for outcome in outcomes:
         _drop(outcome, is_kept=True)
+        if isinstance(getattr(outcome, "_result", None), PandasResult):
+            outcome._result._is_open = False  # Dask asks for its size, and Prefect would read it.
     return outcomes if any(map(_is_large, outcomes)) else tuple(outcomes)  # which comes at once
 
 

@@ -1225,6 +1225,9 @@ def test_a_second_run_runs_nothing_and_opens_only_what_is_asked_for(executor, ru
         mapped = make("load", "load_{map_index}.pkl").map([1, 2])
         reduced = make("total", "total.pkl")(make("clean", "clean_{map_index}.pkl").map(mapped))
         make("last", "last_{x}.pkl").map([1, 2], upstream_tasks=[unmapped(reduced)])
+        if run_by is run:  # In a second round, what is in files goes to workers and comes back.
+            retry = {"max_retries": 1, "retry_delay": timedelta(0)}
+            task(lambda: 1 // (prefect.context.task_run_count - 1), name="retried", **retry)()
     options = {"executor": executor(), "context": {"checkpointing": run_by is run}}
     assert run_by(flow, **options).is_successful()
     names = [name for name in files() if name != "noted"]
@@ -3208,7 +3211,7 @@ def _rounds(plan, flow_runner_cls, executor, handlers):
             yield type(final)
             return
         if issubclass(flow_runner_cls, (DSFlowRunner, OnDSExecutor)) and PURGES_ON_DASK:
-            assert not _read_in_vain(flow)
+            assert not _read_in_vain(flow, isinstance(executor, DaskExecutor))
         is_whole = final.is_finished() or plan.entry != "return_tasks"
         if flow_runner_cls is DSFlowRunner and isinstance(executor, LocalExecutor) and is_whole:
             assert not _held_in_vain(flow, final)
@@ -3277,8 +3280,11 @@ def _is_in(frame, value):
     return value is frame or (isinstance(value, list) and any(_is_in(frame, v) for v in value))
 
 
-def _read_in_vain(flow):
-    """The files that were read though no task that ran has asked for them, or more than once."""
+def _read_in_vain(flow, is_cluster):
+    """The files that were read though no task that ran has asked for them, or more than once.
+
+    On a cluster each that asks reads for itself.
+    """
     calls, transitions = (
         [eval(line) for line in noted(_file_of_notes(name)) if re.match(r"\('(?!cleanup)", line)]
         for name in ("calls", "transitions")
@@ -3301,7 +3307,7 @@ def _read_in_vain(flow):
 
     runs_again = any(t[-1] in ("Retrying", "Paused") for t in transitions)
     flattens = any(getattr(edge, "flattened", False) for edge in flow.edges)
-    most, vain = 99 if runs_again or flattens else 1, []
+    most, vain = 99 if runs_again or flattens or is_cluster else 1, []
     for path, times in Counter(_loaded).items():
         name, _, index = os.path.basename(path)[: -len(".pkl")].partition("[")
         if not is_asked_for(name, int(index[:-1]) if index else None) or times > most:
@@ -3418,7 +3424,9 @@ def test_runs_any_flow_as_prefect_does(name, share, pausing, request, tmp_path, 
         theirs, ours, again = (os.path.join(folder, each) for each in ("theirs", "ours", "again"))
         expected = _outcomes(plan, FlowRunner, prefects, theirs, handlers=())
         assert _outcomes(plan, runner, executor, ours) == expected
-        if os.path.exists(ours):
+        # Where the flow runner itself has failed, another process may still be writing.
+        is_over = isinstance(expected[-1], dict) or name not in ("processes", "cluster")
+        if os.path.exists(ours) and is_over:
             shutil.copytree(ours, again)
             expected = _outcomes(plan, OnDSTaskRunner, prefects, again)
             assert _outcomes(plan, runner, executor, ours) == expected
