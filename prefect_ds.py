@@ -13,6 +13,7 @@ import concurrent.futures
 import copy
 import datetime
 import functools
+import hashlib
 import heapq
 import inspect
 import io
@@ -20,7 +21,6 @@ import itertools
 import os
 import pathlib
 import pickle
-import pprint
 import queue
 import re
 import shutil
@@ -32,7 +32,6 @@ import threading
 import time
 import traceback
 import uuid
-import warnings
 from collections import ChainMap, deque
 from contextlib import contextmanager, nullcontext, suppress
 from decimal import Decimal
@@ -139,7 +138,8 @@ class _Template(string.Formatter):
             raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
         # What stands before the first field: no value may lead out of its folder.
         first = next((n for n, part in enumerate(parts) if part[1] is not None), len(parts) - 1)
-        self.folder = os.path.dirname("".join(part[0] for part in parts[: first + 1]))
+        text = "".join(part[0] for part in parts[: first + 1])
+        self.folder = text if text.endswith("://") else os.path.dirname(text)
 
     def fill(self, values, mapped=()):
         """The path with these values; `mapped` are the arguments that a task is mapped over."""
@@ -157,8 +157,9 @@ class _Template(string.Formatter):
                 f"the fields: {', '.join(sorted(map(str, values)))}."
             ) from exc
         folder = os.path.join(_absolute(self.folder), "")
-        goes_up = _is_url(filled) and "/../" in f"{filled}/"
-        if self.fields and (goes_up or not _absolute(filled).startswith(folder)):
+        # By "::", fsspec joins URLs.
+        strays = _is_url(filled) and re.search(r"/\.\./|::", f"/{filled[len(self.folder) :]}/")
+        if self.fields and (strays or not _absolute(filled).startswith(folder)):
             raise ValueError(
                 f"The path {self.path!r} became {filled!r}, which leads out of the folder {folder} "
                 "that it names. Write that folder into the path, or clean the value."
@@ -260,8 +261,7 @@ def _check_file_type(file_type, path):
 
 # What a file does not keep -------------------------------------------------------------------
 
-#: Of frames with more cells, so many rows are written once more and read back, to see what their
-#: file does not keep; others are read back whole.
+#: Of a frame with more cells, not all is read back to see what its file loses, but so many rows.
 _MAX_CELLS, _SAMPLE_ROWS = 100_000, 300
 
 
@@ -282,9 +282,9 @@ def _losses(frame, restored):
     pairs = [
         ("its class", assert_equal, *map(type, frames)),
         ("its attrs", assert_equal, *(getattr(each, "attrs", None) for each in frames)),
-        ("the index", assert_index_equal, *(each.index for each in frames)),
+        ("the index", assert_index_equal, *(each.index for each in frames), "equiv"),
         ("the frequency", assert_equal, *(getattr(each.index, "freq", None) for each in frames)),
-        ("the columns", assert_index_equal, *(each.columns for each in frames)),
+        ("the columns", assert_index_equal, *(each.columns for each in frames), "equiv"),
     ]
     if len(frame) == len(restored) and frame.columns.equals(restored.columns):
         restored.index = frame.index
@@ -292,15 +292,13 @@ def _losses(frame, restored):
             columns = (each.iloc[:, n] for each in frames)
             pairs.append((f"column {name!r}", _check_column, *columns))
     losses = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, check, one, other in pairs:
-            try:
-                check(one, other)
-            except Exception as exc:  # Arrays in a cell raise others than AssertionError.
-                text = " ".join(str(exc).split())
-                text = text.replace("[left]:", "written:").replace("[right]:", "read back:")
-                losses.append(f"{name}: {text[:250]}")
+    for name, check, *both in pairs:
+        try:
+            check(*both)
+        except Exception as exc:  # Arrays in a cell raise others than AssertionError.
+            text = " ".join(str(exc).split())
+            text = text.replace("[left]:", "written:").replace("[right]:", "read back:")
+            losses.append(f"{name}: {text[:250]}")
     return losses
 
 
@@ -403,6 +401,8 @@ def _new_file(path, storage_options):
         if filesystem is None:
             with open(partial, "rb+") as opened:
                 os.fsync(opened.fileno())
+            with suppress(FileNotFoundError):  # The earlier one may be for few eyes.
+                shutil.copymode(path, partial)
             os.replace(partial, path)
         else:
             _on_file(filesystem, "put", partial, path)
@@ -514,9 +514,9 @@ class PandasResult(_Storage):
         self._formatter = path if callable(path) else None
         self.read_kwargs = dict(read_kwargs or {})
         self.write_kwargs = dict(write_kwargs or {})
-        both = {**self.write_kwargs, **self.read_kwargs}  # These need not be given twice.
-        self._key = {"key": both["key"]} if "key" in both else {}
-        self._storage_options = both.get("storage_options") or {}
+        self._kwargs = kwargs = {**self.write_kwargs, **self.read_kwargs}
+        self._key = {"key": kwargs["key"]} if "key" in kwargs else {}  # It need not be given twice.
+        self._storage_options = kwargs.get("storage_options") or {}
         self._file_type = file_type
         #: the type that was given or that the path tells, None as long as there is neither
         self.file_type: Optional[str] = None
@@ -553,8 +553,7 @@ class PandasResult(_Storage):
         # What is in a file is read where it is needed: a place travels, not a frame.
         return vars(self) if self._place is None else dict(vars(self), _value=None)
 
-    # The contract of Prefect's `Result`, and of its `ResultHandler`. Without a location it is that
-    # which these fields fill.
+    # The contract of Prefect's `Result` and `ResultHandler`. Fields fill a location that is None.
 
     def exists(self, location: str, **kwargs: Any) -> bool:
         return _stat(_Template(location).fill(kwargs), self._storage_options) is not None
@@ -612,12 +611,13 @@ class PandasResult(_Storage):
         is_gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
         # Libraries raise an OSError for what they read, too, but have no number for it.
         is_fine = getattr(error, "errno", None) or isinstance(error, ConnectionError)
+        is_fine = is_fine or re.search("out of memory|module not available", str(error))
         # A damaged pickle may look for any module, and ask for any amount of memory.
         if _check_file_type(self._file_type, place) != "pickle":
             is_fine = is_fine or isinstance(error, (ImportError, MemoryError))
         if self.read_kwargs and not is_fine:
             plain = copy.copy(self)
-            plain.read_kwargs = {}
+            plain.read_kwargs = plain._key = {}
             with suppress(Exception):
                 plain._load(place)
                 is_fine = True  # It is these arguments that do not fit.
@@ -658,7 +658,7 @@ class PandasResult(_Storage):
 
     def _losses_in(self, path, location, frame):
         """What the file at `path` does not keep of the frame, as far as was looked."""
-        if _check_file_type(self._file_type, location) == "pickle":
+        if _check_file_type(self._file_type, location) == "pickle" and not self._kwargs:
             return []
         if frame.size > _MAX_CELLS and len(frame) > _SAMPLE_ROWS:
             sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
@@ -695,7 +695,7 @@ class PandasResult(_Storage):
                     break
             else:
                 # `read_html` returns the tables of a page; a page that we wrote has one.
-                return found[0] if isinstance(found, list) else found
+                return found[0] if file_type == "html" and direction == _READ else found
         raise refused
 
     def _log(self, text, *args, level="info"):
@@ -799,7 +799,7 @@ def _states_seen(upstream_states):
 #: What Prefect itself keeps of a task; other attributes are part of what it computes.
 _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 
-#: Types whose `repr` tells their value.
+#: Types of which equal values have equal pickles.
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
 
@@ -809,14 +809,15 @@ _claims_lock = threading.Lock()
 
 def _text_of(value):
     """The same text for equal plain values, in any process; None for others."""
+    if type(value) in (list, tuple, dict) and len(value) <= 1000:
+        texts = [_text_of(item) for item in (value.items() if type(value) is dict else value)]
+        if None in texts:
+            return None
+        value = f"{type(value)} {sorted(texts) if type(value) is dict else texts}"
     if isinstance(value, _PLAIN):
-        return f"{type(value)} {value!r}"
-    if type(value) not in (list, tuple, dict) or len(value) > 1000:
-        return None
-    texts = [_text_of(item) for item in (value.items() if type(value) is dict else value)]
-    if None in texts:
-        return None
-    return f"{type(value)} {sorted(texts) if type(value) is dict else texts}"
+        with suppress(Exception):  # of classes that cannot be pickled
+            return hashlib.sha256(pickle.dumps(value, 4)).hexdigest()
+    return None
 
 
 def _flow_run():
@@ -855,9 +856,11 @@ def _settle_claims(states):
             for state in claimed:
                 if aside and getattr(state._result, "_place", None):
                     state._result._place = aside
+            remedy = f"It is now {aside}" if aside else "Delete it"
+            message += f" {remedy}, since it may hold the result of either."
+            get_logger("PandasResult").warning(message)
             if not any(state.is_failed() for state in claimed):
-                remedy = f"It is now {aside}" if aside else "Delete it"
-                messages.append(f"{message} {remedy}, since it may hold the result of either.")
+                messages.append(message)
     if messages:
         raise ValueError(" ".join(messages))
 
@@ -868,9 +871,9 @@ def _settle_claims(states):
 def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: State) -> State:
     """Load a task's result instead of running it, if its file is there; else write the file.
 
-    A state handler for `task_runner_state_handlers`. It acts on tasks that store their result by
-    `PandasResult`, unless they have `checkpoint=False`, and leaves all others alone. Prefect's
-    own checkpointing may be on or off: each file is written once.
+    A state handler for `task_runner_state_handlers`, best as the last one. It acts on tasks that
+    store their result by `PandasResult`, unless they have `checkpoint=False`, and leaves all
+    others alone. Prefect's own checkpointing may be on or off: each file is written once.
 
     Parameters
     ----------
@@ -940,7 +943,7 @@ def _note_recomputed(flow):
                 if any(edge.upstream_task in tasks for edge in flow.edges_to(task)):
                     tasks.add(task)
         # A flow within a task has tasks of its own.
-        if not tasks and pattern != _OUT_OF_DATE and getattr(_in_thread, "reads", None) is None:
+        if not tasks and pattern != _OUT_OF_DATE and _RECOMPUTED not in prefect.context:
             names = ", ".join(sorted({task.name for task in flow.tasks}))
             raise ValueError(f"recompute={pattern!r} matches no task of the flow. It has: {names}.")
         found |= tasks
@@ -958,8 +961,8 @@ class DSTaskRunner(TaskRunner):
 
     This holds for plain and for mapped tasks, for constants, and for defaults of the signature.
     It also reads what a task that runs needs from files, and a task that needs a result that was
-    purged fails. It stores nothing by itself: that is for `checkpoint_handler`. Its parameters are
-    those of Prefect's `TaskRunner`.
+    purged fails. To store is for `checkpoint_handler`, or for Prefect's own checkpointing. Its
+    parameters are those of Prefect's `TaskRunner`.
 
     Examples
     --------
@@ -1006,6 +1009,8 @@ class DSTaskRunner(TaskRunner):
             run.reads_later = _FLOW_RUNNER_MAPS and outer is False
             state = super(DSTaskRunner, run).run(*args, **kwargs)
         if state is not given:
+            with _reading(False):  # It may be a handler's, and in use elsewhere, too.
+                state = copy.copy(state)
             state._prefect_ds = run.marks._replace(newest=run.own_file or run.newest_input)
         if outer is not None and run.inputs is not None and _has_read_for_good(state):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
@@ -1060,6 +1065,13 @@ class DSTaskRunner(TaskRunner):
         found = self.find_checkpoint(Cached) if self.storage is not None else None
         return self.handle_state_change(state, found) if found else state
 
+    def set_task_run_name(self, task_inputs):
+        """As Prefect's, but what the name does not need is not read from its file."""
+        name = self.task.task_run_name
+        if isinstance(name, str):
+            task_inputs = {n: result for n, result in task_inputs.items() if "{" + n in name}
+        super().set_task_run_name(task_inputs=task_inputs)
+
     def set_task_to_running(self, state, inputs):
         """As Prefect's, if no input is gone."""
         self._check_inputs(state, self.upstream_states)
@@ -1078,24 +1090,12 @@ class DSTaskRunner(TaskRunner):
                 return self.handle_state_change(state, self.failed(exc, message))
         return super().get_task_run_state(state, inputs=inputs, **kwargs)
 
-    def handle_state_change(self, old_state, new_state):
-        """As Prefect's, but a copy of what a handler has put in: it may be in use elsewhere."""
-        state = super().handle_state_change(old_state, new_state)
-        if state is new_state:
-            return state
-        with _reading(False):  # To copy a state is to look at its result.
-            return copy.copy(state)
-
     def call_runner_target_handlers(self, old_state, new_state):
-        """As Prefect's; moreover, write what Prefect wants written, once the task has ended."""
-        is_wanted = self.storage is not None and prefect.context.get("checkpointing") is True
-        has_run = old_state.is_running() and new_state.is_successful()
-        if is_wanted and has_run and new_state.result is not None:
-            try:
-                self.write_checkpoint(new_state)
-            except Exception as exc:
-                new_state = self.failed(exc)
+        """As Prefect's; moreover, write what Prefect wants written, if no handler will."""
         new_state = super().call_runner_target_handlers(old_state, new_state)
+        is_on = prefect.context.get("checkpointing") and old_state.is_running()
+        if is_on and checkpoint_handler not in self.state_handlers and new_state.result is not None:
+            new_state = checkpoint_handler(self, old_state, new_state)
         for error in _errors_behind(old_state._result) if new_state.is_retrying() else ():
             error.__traceback__ = None  # It is in the log, and in nobody's state any more.
         return new_state
@@ -1105,7 +1105,8 @@ class DSTaskRunner(TaskRunner):
         self._locate()
         storage, place = self.storage, self.place
         found = None if self.recomputes else _stat(place, storage._storage_options)
-        if found is None:
+        # Prefect's own task runner, with its checkpointing on, stores each round of a loop.
+        if found is None or prefect.context.get("task_loop_count", 1) > 1:
             return None
         (modified, size), frame = found, None
         try:
@@ -1121,12 +1122,9 @@ class DSTaskRunner(TaskRunner):
             said = storage._put_aside(place, exc)
             storage._log("%s. The task runs.", said, level="warning")
             return None
-        age = max(0, int(time.time() - (modified or 0)))
-        written = f", written {datetime.timedelta(seconds=age)} ago" if modified else ""
-        storage._log("Found %s%s", place, written)
+        storage._log("Found %s", place)
         self.marks = self.marks._replace(is_found=True)
-        when = "" if frame is not None else ", which is read when somebody asks for it"
-        return state_class(f"Found {place}{when}.", result=self._stored(frame, frame is None))
+        return state_class(f"Found {place}.", result=self._stored(frame, frame is None))
 
     def write_checkpoint(self, success):
         """Write what a task has returned, unless it was skipped, or Prefect has."""
@@ -1186,17 +1184,20 @@ class DSTaskRunner(TaskRunner):
         self.location = location
 
     def _defaults(self):
-        parameters = inspect.signature(self.task.run).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        """What the arguments are that are left out: Prefect's `defaults_from_attrs` counts, too."""
+        run = self.task.run
+        own = vars(self.task) if inspect.ismethod(run) and hasattr(run, "__wrapped__") else {}
+        parameters = inspect.signature(run).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {n: own.get(n) if value is None else value for n, value in defaults.items()}
 
     def _describe(self):
         """A text for runs of one task with equal arguments, and one for copies of it, as well."""
         task, storage = self.task, self.storage
         own = {n: v for n, v in vars(task).items() if n not in _TASK_ATTRIBUTES}
-        kwargs = (storage._file_type, storage.read_kwargs, storage.write_kwargs)
-        parts = [task.name, type(task).__module__, type(task).__qualname__, pprint.saferepr(kwargs)]
-        for name, value in sorted({**self._defaults(), **own}.items()):
-            parts.append((name, _text_of(value) or f"{id(value)} in process {os.getpid()}"))
+        parts = [type(task), storage._file_type, storage.read_kwargs, storage.write_kwargs]
+        parts += itertools.chain(*sorted({**self._defaults(), **own}.items()))
+        parts = [_text_of(part) or f"{id(part)} in process {os.getpid()}" for part in parts]
         words = {"": self.marks.origin} if self.inputs is None else {}
         for edge, upstream_state in self.upstream_states.items():
             if edge.key in (self.inputs or {}):
@@ -1210,8 +1211,8 @@ class DSTaskRunner(TaskRunner):
                 elif not isinstance(result, _Listed):
                     words[edge.key] = _text_of(result.value) or words[edge.key]
         arguments = repr(sorted(words.items()))
-        texts = (f"{self.slug} {arguments}", f"{parts} {arguments}")
-        return tuple(uuid.uuid5(uuid.NAMESPACE_OID, text).hex for text in texts)
+        texts = (f"{self.slug} {arguments}", f"{task.name} {parts} {arguments}")
+        return tuple(map(_text_of, texts))
 
     def _is_out_of_date(self):
         """Whether to run a task since its file is older than one that it was made from."""
@@ -1530,13 +1531,12 @@ class _Call:
 
         with _reading(False):
             args, kwargs = _replace((self.args, self.kwargs), (_Call, Mapped), state_of)
-        upstream_states = kwargs.get("upstream_states")
+        is_task_run = "upstream_states" in kwargs
         if self.context is not None:
             kwargs["context"] = {**context, **self.context}
-        # Prefect's helpers flatten: they look into what they get. Task runners that are not ours
-        # read nothing later.
+        # Prefect's helpers look into what they get; task runners that are not ours read at once.
         is_ours = _is_class(self.kwargs.get("task_runner_cls", DSTaskRunner), DSTaskRunner)
-        with _reading(True if upstream_states is None else False if is_ours else None):
+        with _reading(True if not is_task_run else False if is_ours else None):
             outcome = self.function(*args, **kwargs)
         kwargs.get("context", {}).pop("task_loop_result", None)  # A signal's traceback has it.
         if isinstance(outcome, State):
@@ -1551,8 +1551,7 @@ class _Call:
                 outcome.cached_inputs = {}
                 if _marks_of(self.kwargs.get("state")).is_for_next_round:
                     self.kwargs["state"].cached_inputs = {}
-                if upstream_states is not None:
-                    upstream_states.clear()
+                kwargs.get("upstream_states", {}).clear()
                 for each in reduced if not outcome.is_mapped() else ():  # Its children have them.
                     each._result = PurgedResult
         return outcome
@@ -1664,7 +1663,7 @@ class _Run:
             plan.is_awaited = any(each.maps for each in plan.downstream)
             is_kept = task in flow.reference_tasks() or _KEEP in task.tags
             plan.is_kept = is_kept or not plan.readers or task.cache_for is not None
-        self._to_come = [self._plans[task] for task in reversed(tasks)]  # for the flow runner
+        self._coming: List[_Plan] = []  # the task that the flow runner submits, if any
         self._incomplete = sorted(self._plans.values(), key=lambda plan: -plan.last)
         self._awaited: List[_Call] = []
         self._current: Optional[_Call] = None  # the call that runs in this thread
@@ -1690,13 +1689,17 @@ class _Run:
         is_child = self._current is not None  # submitted by a task run, below Prefect 0.12
         plan: Any = self._current.plan if self._current else self._plans.get(kwargs.get("task"))
         if plan is not None and not is_child:
-            self._pass_until(plan)
+            if plan not in self._coming:
+                self._pass(self._coming)
+                self._coming = [plan]
             self._is_reported |= _is_class(kwargs.get("task_runner_cls"), CloudTaskRunner)
         given = kwargs.get("state")
         if isinstance(given, State) and not self._is_ours(given):
             kwargs["state"] = copy.copy(given)
         elif isinstance(given, Mapped):
             given.result = None  # What the children hold.
+        elif isinstance(given, State) and isinstance(given._result, PandasResult):
+            given._result._is_open = False
         if context is not None:
             shared = self._context.get
             context = {k: v for k, v in context.items() if v is None or shared(k) is not v}
@@ -1725,7 +1728,7 @@ class _Run:
                 # All tasks are submitted: the flow runner is about to end.
                 ends = (s for s in futures.values() if isinstance(s, State))
                 self._given_ends = [each for s in ends for each in _with_children(s)]
-                self._pass_until(None)
+                self._pass(self._plans.values())
                 self._order.want(self._calls())
                 self._advance(None)
             else:
@@ -1734,31 +1737,29 @@ class _Run:
                 if self._place.width > 1:
                     self._order.want(self._may_run_meanwhile())
                 self._advance(asked)
-        # Otherwise a task run waits for the children that it has just submitted (their turn
-        # comes later), or for those that it reduces (they are done).
+        # Otherwise a task run waits for its children, whose turn comes later, or for what is done.
         found = self._place.resolve(futures)
         for edge, state in found.items() if isinstance(found, dict) else ():
             if isinstance(edge, Edge) and edge.mapped and isinstance(state, State):
                 if isinstance(state._result, PandasResult):
                     state._result._is_open = False  # so that what is read now stays at hand
-                with _reading(True):  # Prefect maps over what it finds, and takes its items.
+                with _reading(not state.is_mapped()):  # Prefect maps over the items of a result.
                     state.result  # noqa: B018
         return found
 
     def _calls(self):
         return [call for plan in self._plans.values() for call in plan.calls]
 
-    def _pass_until(self, plan):
-        """Note that all calls of the tasks before this one are known."""
-        while self._to_come and self._to_come[-1] is not plan:
-            passed = self._to_come.pop()
-            passed.is_passed = True
-            self._settle(passed)
+    def _pass(self, plans):
+        """Note that all calls of these tasks are known."""
+        for plan in plans:
+            plan.is_passed = True
+            self._settle(plan)
 
     def _may_run_meanwhile(self):
         """While the flow runner waits: what it will map over, and what has all its readers."""
         calls, self._awaited = self._awaited, []
-        position = self._to_come[-1].position if self._to_come else len(self._plans)
+        position = self._coming[0].position if self._coming else 0
         while self._incomplete and self._incomplete[-1].last < position:
             calls += self._incomplete.pop().calls
         return calls
@@ -1780,6 +1781,7 @@ class _Run:
                 plan = self._plans.get(getattr(edge, "upstream_task", None))
                 if plan is None or plan.calls or not isinstance(upstream, State):
                     continue
+                self._pass([plan])
                 for state in _with_children(upstream) if self._is_ours(upstream) else ():
                     done = self._new_call(plan)
                     done.end(state)
@@ -2085,11 +2087,24 @@ class _InThreads(_Here):
         yield piece, future.result()
 
     def _dumps(self, piece):
+        """A pickle that refers by numbers to what is common, and the futures that it refers to."""
         if self._pickled is None:
             common = [self._context, *self._tasks]
             self._numbers = {id(thing): number for number, thing in enumerate(common)}
             self._pickled = cloudpickle.dumps(common)
-        return _dumps(piece, self._numbers)
+        sources: dict = {}
+
+        def persistent_id(thing):
+            if isinstance(thing, _Elsewhere):
+                new = len(sources), thing.future
+                return sources.setdefault(id(thing.future), new)[0], thing.position
+            return self._numbers.get(id(thing))
+
+        with io.BytesIO() as file:
+            pickler: Any = cloudpickle.CloudPickler(file)
+            pickler.persistent_id = persistent_id
+            pickler.dump(piece)
+            return file.getvalue(), [future for _, future in sources.values()]
 
 
 class _InProcesses(_InThreads):
@@ -2156,15 +2171,15 @@ class _OnCluster(_InThreads):
 
     def resolve(self, futures):
         found = super().resolve(futures)
-        looked_at = found
-        if isinstance(found, dict):  # The flow runner hands on what it does not map over.
-            looked_at = [value for key, value in found.items() if getattr(key, "mapped", True)]
+        items = found.items() if isinstance(found, dict) else [(None, found)]
+        # What the flow runner does not map over, it hands on.
+        looked_at = [each for key, each in items if not isinstance(key, Edge) or key.mapped]
         states = {id(s): s for s in _all_in(looked_at, State)}.values()
         there = [s for s in states if isinstance(s._result, _Elsewhere)]
         where = {id(s._result.future): s._result.future for s in there}
         answers = dict(zip(where, self._executor.wait(list(where.values())) if where else []))
         for state in there:
-            state._result = answers[id(state._result.future)][state._result.position]._result
+            state._result = _result_in(answers[id(state._result.future)], state._result.position)
         return found
 
 
@@ -2174,6 +2189,15 @@ class _Elsewhere(Result):
     def __init__(self, future=None, position=0):
         super().__init__(None)
         self.future, self.position = future, position
+
+
+def _result_in(outcomes, position):
+    """The result of a call that stayed on the cluster. If a worker was lost, it has run again."""
+    state = outcomes[position]
+    if not state.is_successful():
+        what = f"{_marks_of(state).name!r} was lost with a worker, and is {state} now"
+        raise ValueError(f"The result of the task run {what}. Run the flow again.")
+    return state._result
 
 
 def _without_what_is_large(outcomes):
@@ -2188,43 +2212,20 @@ def _without_what_is_large(outcomes):
 # How it gets there ---------------------------------------------------------------------------
 
 
-def _dumps(piece, numbers):
-    """A pickle that refers by `numbers` to what is common, and the futures that it refers to."""
-    sources: dict = {}
-
-    def persistent_id(thing):
-        if isinstance(thing, _Elsewhere):
-            new = len(sources), thing.future
-            return sources.setdefault(id(thing.future), new)[0], thing.position
-        return numbers.get(id(thing))
-
-    with io.BytesIO() as file:
-        pickler: Any = cloudpickle.CloudPickler(file)
-        pickler.persistent_id = persistent_id
-        pickler.dump(piece)
-        return file.getvalue(), [future for _, future in sources.values()]
-
-
 #: In each process once for all pieces of a flow run.
 _load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Such as may be given a `persistent_load` of its own."""
 
 
 def _run_work(shared, work, *sources):
     common = _load_shared(shared)
 
-    def persistent_load(found):
-        if isinstance(found, tuple):
-            return sources[found[0]][found[1]]._result
-        return common[found]
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, found):
+            if isinstance(found, tuple):
+                return _result_in(sources[found[0]], found[1])
+            return common[found]
 
-    with io.BytesIO(work) as file:
-        unpickler: Any = _Unpickler(file)
-        unpickler.persistent_load = persistent_load
-        return _run_piece(common[0], unpickler.load())
+    return _run_piece(common[0], Unpickler(io.BytesIO(work)).load())
 
 
 def _run_pickled(shared, work):
