@@ -1781,7 +1781,7 @@ class _Run:
                 plan = self._plans.get(getattr(edge, "upstream_task", None))
                 if plan is None or plan.calls or not isinstance(upstream, State):
                     continue
-                self._pass([plan])
+                self._pass([plan])  # It is not submitted any more.
                 for state in _with_children(upstream) if self._is_ours(upstream) else ():
                     done = self._new_call(plan)
                     done.end(state)
