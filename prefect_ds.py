@@ -384,10 +384,7 @@ _MARK = f"~{socket.gethostname()}-"
 
 @contextmanager
 def _new_file(path, storage_options):
-    """A local path under which pandas can write what then appears, whole, at `path`.
-
-    It is in a hidden folder, and has the name of the file, which pandas writes into archives.
-    """
+    """A local path, in a hidden folder, for pandas to write what then appears, whole, at `path`."""
     filesystem, path = _filesystem(path, storage_options)
     folder, name = os.path.split(path)
     if filesystem is None:
@@ -395,7 +392,7 @@ def _new_file(path, storage_options):
         _remove_leftovers(folder)
     prefix = f".{name[:50]}{_MARK}{os.getpid()}-"
     hidden = tempfile.mkdtemp(prefix=prefix, dir=folder if filesystem is None else None)
-    partial = os.path.join(hidden, name)
+    partial = os.path.join(hidden, name)  # pandas writes the name of the file into archives.
     try:
         yield partial
         if filesystem is None:
@@ -1906,7 +1903,9 @@ class _Run:
     def _settle(self, plan):
         """Give back the claims of a mapped task's edges through which nothing more is read."""
         own = plan.calls[0] if plan.calls else None
-        if not plan.is_passed or (own and not plan.maps):
+        # A map without children may get some in a later round.
+        is_empty = own and isinstance(own.value, Mapped) and not plan.calls[1:]
+        if not plan.is_passed or is_empty or (own and not plan.maps):
             return
         is_known = not own or (own.is_done and (plan.calls[1:] or _has_read_for_good(own.value)))
         for edge in list(plan.unsettled):
