@@ -138,8 +138,7 @@ class _Template(string.Formatter):
             raise ValueError(f"The fields of {path!r} need names, as in 'data_{{id}}.csv'.")
         # What stands before the first field: no value may lead out of its folder.
         first = next((n for n, part in enumerate(parts) if part[1] is not None), len(parts) - 1)
-        text = "".join(part[0] for part in parts[: first + 1])
-        self.folder = text if text.endswith("://") else os.path.dirname(text)
+        self.folder = os.path.dirname("".join(part[0] for part in parts[: first + 1]))
 
     def fill(self, values, mapped=()):
         """The path with these values; `mapped` are the arguments that a task is mapped over."""
@@ -398,7 +397,7 @@ def _new_file(path, storage_options):
         if filesystem is None:
             with open(partial, "rb+") as opened:
                 os.fsync(opened.fileno())
-            with suppress(FileNotFoundError):  # The earlier one may be for few eyes.
+            with suppress(OSError):  # The earlier one may be for few eyes.
                 shutil.copymode(path, partial)
             os.replace(partial, path)
         else:
@@ -612,7 +611,7 @@ class PandasResult(_Storage):
         # A damaged pickle may look for any module, and ask for any amount of memory.
         if _check_file_type(self._file_type, place) != "pickle":
             is_fine = is_fine or isinstance(error, (ImportError, MemoryError))
-        if self.read_kwargs and not is_fine:
+        if (self.read_kwargs or self._key) and not is_fine:
             plain = copy.copy(self)
             plain.read_kwargs = plain._key = {}
             with suppress(Exception):
@@ -655,7 +654,9 @@ class PandasResult(_Storage):
 
     def _losses_in(self, path, location, frame):
         """What the file at `path` does not keep of the frame, as far as was looked."""
-        if _check_file_type(self._file_type, location) == "pickle" and not self._kwargs:
+        is_pickle = _check_file_type(self._file_type, location) == "pickle"
+        compare = _losses if not is_pickle else lambda *frames: []  # It keeps all, if it is read.
+        if is_pickle and not self._kwargs:
             return []
         if frame.size > _MAX_CELLS and len(frame) > _SAMPLE_ROWS:
             sample = frame.iloc[numpy.linspace(0, len(frame) - 1, _SAMPLE_ROWS).astype(int)]
@@ -666,8 +667,8 @@ class PandasResult(_Storage):
             with suppress(Exception), tempfile.TemporaryDirectory() as folder:
                 small = os.path.join(folder, os.path.basename(path))
                 self._call_pandas(_WRITE, location, sample, small)
-                return _losses(sample, self._call_pandas(_READ, location, small))
-        return _losses(frame, self._call_pandas(_READ, location, path))
+                return compare(sample, self._call_pandas(_READ, location, small))
+        return compare(frame, self._call_pandas(_READ, location, path))
 
     def _call_pandas(self, direction, location, *args):
         """Read or write, with the first of several defaults that pandas does not refuse."""
@@ -798,7 +799,7 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 
 #: Types of which equal values have equal pickles.
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
-_PLAIN += (datetime.date, datetime.time, datetime.timedelta, pathlib.PurePath, numpy.generic)
+_PLAIN += (datetime.date, datetime.time, datetime.timedelta, numpy.generic)
 
 #: Two threads may be the first of a flow run to ask for its claims.
 _claims_lock = threading.Lock()
@@ -811,6 +812,9 @@ def _text_of(value):
         if None in texts:
             return None
         value = f"{type(value)} {sorted(texts) if type(value) is dict else texts}"
+    # Pickles of paths tell how these were made, and those of classes where from.
+    if isinstance(value, (pathlib.PurePath, type)) and "<locals>" not in str(value):
+        value = f"{type(value)} {value}"
     if isinstance(value, _PLAIN):
         with suppress(Exception):  # of classes that cannot be pickled
             return hashlib.sha256(pickle.dumps(value, 4)).hexdigest()
@@ -1006,8 +1010,6 @@ class DSTaskRunner(TaskRunner):
             run.reads_later = _FLOW_RUNNER_MAPS and outer is False
             state = super(DSTaskRunner, run).run(*args, **kwargs)
         if state is not given:
-            with _reading(False):  # It may be a handler's, and in use elsewhere, too.
-                state = copy.copy(state)
             state._prefect_ds = run.marks._replace(newest=run.own_file or run.newest_input)
         if outer is not None and run.inputs is not None and _has_read_for_good(state):
             run.inputs.clear()  # The calls in the traceback of an error have it, too.
@@ -1020,9 +1022,7 @@ class DSTaskRunner(TaskRunner):
         self.marks = _Marks(f"{self.slug} {name}", name)
         recomputed = prefect.context.get(_RECOMPUTED)
         if prefect.context.get(_RECOMPUTE) and recomputed is None:
-            raise ValueError(
-                "recompute needs runner_cls=DSFlowRunner, or DSExecutor: only these know all tasks."
-            )
+            raise ValueError("recompute needs DSFlowRunner or DSExecutor, which know all tasks.")
         self.recomputes = self.slug in (recomputed or ())
 
     def check_upstream_finished(self, state, upstream_states):
@@ -1087,6 +1087,14 @@ class DSTaskRunner(TaskRunner):
                 return self.handle_state_change(state, self.failed(exc, message))
         return super().get_task_run_state(state, inputs=inputs, **kwargs)
 
+    def handle_state_change(self, old_state, new_state):
+        """As Prefect's, but a copy of what a handler has put in: it may be in use elsewhere."""
+        state = super().handle_state_change(old_state, new_state)
+        if state is not new_state:
+            with _reading(False):  # To copy a state is to look at its result.
+                state = copy.copy(state)
+        return state
+
     def call_runner_target_handlers(self, old_state, new_state):
         """As Prefect's; moreover, write what Prefect wants written, if no handler will."""
         new_state = super().call_runner_target_handlers(old_state, new_state)
@@ -1103,7 +1111,7 @@ class DSTaskRunner(TaskRunner):
         storage, place = self.storage, self.place
         found = None if self.recomputes else _stat(place, storage._storage_options)
         # Prefect's own task runner, with its checkpointing on, stores each round of a loop.
-        if found is None or prefect.context.get("task_loop_count", 1) > 1:
+        if found is None or (self.inputs is None and prefect.context.get("task_loop_count", 1) > 1):
             return None
         (modified, size), frame = found, None
         try:
@@ -1125,9 +1133,9 @@ class DSTaskRunner(TaskRunner):
 
     def write_checkpoint(self, success):
         """Write what a task has returned, unless it was skipped, or Prefect has."""
-        if success.is_skipped() or _location_of(success._result) is not None:
-            return
         self._locate()
+        if success.is_skipped() or _location_of(success._result) == self.location:
+            return
         gives_it_back = self.storage._save(success.result, self.place)
         modified, _ = _stat(self.place, self.storage._storage_options) or (None, None)
         self.own_file = (modified, self.place) if modified is not None else None
@@ -1138,9 +1146,8 @@ class DSTaskRunner(TaskRunner):
         """The state of a task run that cannot go on, by default for what is wrong with its file."""
         if prefect.context.get("raise_on_exception"):
             raise exc
-        if message is None:
-            where = f"Task '{self.marks.name}', path {self.storage.path}"
-            message = f"{where}: {type(exc).__name__}: {exc}"
+        where = f"Task '{self.marks.name}', path {getattr(self.storage, 'path', None)}"
+        message = message or f"{where}: {type(exc).__name__}: {exc}"
         self.logger.error(message)
         return Failed(message, result=exc)
 
@@ -1208,8 +1215,7 @@ class DSTaskRunner(TaskRunner):
                 elif not isinstance(result, _Listed):
                     words[edge.key] = _text_of(result.value) or words[edge.key]
         arguments = repr(sorted(words.items()))
-        texts = (f"{self.slug} {arguments}", f"{task.name} {parts} {arguments}")
-        return tuple(map(_text_of, texts))
+        return _text_of(f"{self.slug} {arguments}"), _text_of(f"{task.name} {parts} {arguments}")
 
     def _is_out_of_date(self):
         """Whether to run a task since its file is older than one that it was made from."""
@@ -1359,8 +1365,7 @@ class DSExecutor(Executor):
         self.flow = flow
         self.executor = executor or LocalExecutor()
         self.logger = get_logger(type(self).__name__)  # 0.12.0 gives it none.
-        #: by thread, the flow run that is under way in it
-        self._under_way: dict = {}
+        self._under_way: dict = {}  # by thread, the flow run that is under way in it
 
     def __getstate__(self):
         return {**vars(self), "_under_way": {}}
@@ -1528,12 +1533,11 @@ class _Call:
 
         with _reading(False):
             args, kwargs = _replace((self.args, self.kwargs), (_Call, Mapped), state_of)
-        is_task_run = "upstream_states" in kwargs
         if self.context is not None:
             kwargs["context"] = {**context, **self.context}
         # Prefect's helpers look into what they get; task runners that are not ours read at once.
         is_ours = _is_class(self.kwargs.get("task_runner_cls", DSTaskRunner), DSTaskRunner)
-        with _reading(True if not is_task_run else False if is_ours else None):
+        with _reading("upstream_states" not in kwargs if is_ours else None):
             outcome = self.function(*args, **kwargs)
         kwargs.get("context", {}).pop("task_loop_result", None)  # A signal's traceback has it.
         if isinstance(outcome, State):
@@ -1985,7 +1989,6 @@ class _Progress:
             self._bar = tqdm(desc="mapped task runs", unit="")
         if self._bar is not None:
             self._bar.total = self.total
-            self._bar.set_postfix(found=self.found, failed=self.failed, refresh=False)
             self._bar.update(self.done - self._bar.n)
         if now >= self._next_line:
             self._next_line = now + self.SECONDS_BETWEEN_LINES
@@ -2065,12 +2068,10 @@ class _InThreads(_Here):
 
         self._context, self._tasks = context, tasks
         self.width = dask.config.get("num_workers", None) or CPU_COUNT
-        self._pool: Any = getattr(self._executor, "_pool", None)
-        if isinstance(self._pool, concurrent.futures.Executor):
+        pool: Any = getattr(self._executor, "_pool", None)
+        is_used = isinstance(pool, concurrent.futures.Executor)
+        with nullcontext(pool) if is_used else self._new_pool(self.width) as self._pool:
             yield
-        else:
-            with self._new_pool(self.width) as self._pool:
-                yield
 
     def submit(self, piece):
         self._tell(piece, self._begin(piece))
