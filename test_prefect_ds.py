@@ -2909,7 +2909,7 @@ _SCRIPTS = [tuple(script.split(", ")) for script in " ".join(_SCRIPTS.split()).s
 
 _TRIGGERS = [triggers.all_failed, triggers.all_finished, triggers.any_failed]
 _TRIGGERS += [triggers.any_successful, triggers.not_all_skipped, triggers.some_failed(at_least=1)]
-_TRIGGERS += [triggers.some_successful(at_least=1, at_most=2)]
+_TRIGGERS += [triggers.some_successful(at_least=1)]  # Prefect counts one state of many as one.
 
 
 def _look_at_results(upstream_states):
