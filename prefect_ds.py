@@ -812,7 +812,7 @@ def _text_of(value):
         if None in texts:
             return None
         value = f"{type(value)} {sorted(texts) if type(value) is dict else texts}"
-    # Pickles of paths tell how these were made, and those of classes where from.
+    # Pickles of paths tell how these were made, and other processes cannot pickle all classes.
     if isinstance(value, (pathlib.PurePath, type)) and "<locals>" not in str(value):
         value = f"{type(value)} {value}"
     if isinstance(value, _PLAIN):
