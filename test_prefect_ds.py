@@ -2909,13 +2909,13 @@ _SCRIPTS = [tuple(script.split(", ")) for script in " ".join(_SCRIPTS.split()).s
 
 _TRIGGERS = [triggers.all_failed, triggers.all_finished, triggers.any_failed]
 _TRIGGERS += [triggers.any_successful, triggers.not_all_skipped, triggers.some_failed(at_least=1)]
-_TRIGGERS += [triggers.some_successful(at_least=1)]  # Prefect counts one state of many as one.
+_TRIGGERS += [triggers.some_successful(at_least=1)]  # One state of many counts as one, in a set.
 
 
 def _look_at_results(upstream_states):
     """A trigger of one's own: it may read what no argument does."""
     states = getattr(upstream_states, "values", lambda: upstream_states)()
-    seen = [_said(s.result) for s in states if not (s.is_mapped() or s.is_failed())]
+    seen = {_said(s.result) for s in states if not (s.is_mapped() or s.is_failed())}
     note(sorted(seen), _file_of_notes("transitions"))
     return True
 
