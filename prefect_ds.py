@@ -196,8 +196,7 @@ _FILE_TYPES = {
     if name[5:] not in ("clipboard", "gbq", "iceberg", "sql")
 }
 
-#: What is first in a pair, and what is second.
-_READ, _WRITE = 0, 1
+_READ, _WRITE = 0, 1  # what is first in a pair, and what is second
 
 #: Extensions that are not the name of their file type.
 _EXTENSIONS = {
@@ -236,8 +235,7 @@ _C_DEFAULTS: dict = {"low_memory": False}
 if int(pandas.__version__.split(".")[0]) < 3:
     _C_DEFAULTS["float_precision"] = "round_trip"
 
-#: PyTables may end the process if two threads are in it.
-_hdf_lock = threading.RLock()
+_hdf_lock = threading.RLock()  # PyTables may end the process if two threads are in it.
 
 
 def _extension_of(path):
@@ -319,8 +317,7 @@ def _remedy(file_type, frame, losses):
     return f"To keep it, try {either}the file type {other}."
 
 
-#: What was said in this process, once for each path and loss, or task.
-_said: set = set()
+_said: set = set()  # in this process, once for each path and loss, or task
 
 
 def _is_said(*key):
@@ -377,8 +374,7 @@ def _stat(path, storage_options):
     return modified, size
 
 
-#: In the names of the hidden folders in which processes on this host write.
-_MARK = f"~{socket.gethostname()}-"
+_MARK = f"~{socket.gethostname()}-"  # in the names of the hidden folders of this host
 
 
 @contextmanager
@@ -449,8 +445,7 @@ def _reading(reads):
         _in_thread.reads = outer
 
 
-#: Two that ask for one file at once read it once.
-_read_locks = [threading.RLock() for _ in range(64)]
+_read_locks = [threading.RLock() for _ in range(64)]  # Two that ask for one file read it once.
 
 
 class PandasResult(_Storage):
@@ -733,8 +728,7 @@ class _PurgedResultType(type(NoResult)):  # type: ignore[misc]
 #: What a state has as its `_result` when its result was dropped; its `result` is None then.
 PurgedResult = _PurgedResultType()
 
-#: A task with this tag keeps its result until the flow has ended.
-_KEEP = "prefect-ds:keep"
+_KEEP = "prefect-ds:keep"  # A task with this tag keeps its result until the flow has ended.
 
 
 class _Marks(NamedTuple):
@@ -801,8 +795,7 @@ _TASK_ATTRIBUTES = {*vars(Task()), "_cached_signature"}
 _PLAIN: tuple = (type(None), bool, int, float, complex, str, bytes, Decimal, Enum, uuid.UUID)
 _PLAIN += (datetime.date, datetime.time, datetime.timedelta, numpy.generic)
 
-#: Two threads may be the first of a flow run to ask for its claims.
-_claims_lock = threading.Lock()
+_claims_lock = threading.Lock()  # Two threads may be the first of a flow run to ask for them.
 
 
 def _text_of(value):
@@ -924,8 +917,7 @@ def checkpoint_handler(task_runner: TaskRunner, old_state: State, new_state: Sta
 #: In `prefect.context`: the names of tasks that the user gives, and the slugs of those tasks.
 _RECOMPUTE, _RECOMPUTED = "recompute", "_prefect_ds_recomputed"
 
-#: Among these: all whose files are older than those before them.
-_OUT_OF_DATE = "out-of-date"
+_OUT_OF_DATE = "out-of-date"  # among these: all whose files are older than those before them
 
 
 def _note_recomputed(flow):
@@ -1109,9 +1101,10 @@ class DSTaskRunner(TaskRunner):
         """A state of this class with what is stored for this task run; None if it has to run."""
         self._locate()
         storage, place = self.storage, self.place
-        found = None if self.recomputes else _stat(place, storage._storage_options)
         # Prefect's own task runner, with its checkpointing on, stores each round of a loop.
-        if found is None or (self.inputs is None and prefect.context.get("task_loop_count", 1) > 1):
+        is_round = self.inputs is None and prefect.context.get("task_loop_count", 1) > 1
+        found = None if self.recomputes or is_round else _stat(place, storage._storage_options)
+        if found is None:
             return None
         (modified, size), frame = found, None
         try:
@@ -1416,6 +1409,12 @@ def _is_class(cls, base):
 # When a result may go ------------------------------------------------------------------------
 
 
+def _open(outcome, is_open=True):
+    """Let anybody who asks read a result from its file, or only who waits for it, and keep it."""
+    if isinstance(getattr(outcome, "_result", None), PandasResult):
+        outcome._result._is_open = is_open
+
+
 def _has_read_for_good(outcome):
     """Whether a task run that came to this will never read its inputs again."""
     if not isinstance(outcome, State):
@@ -1699,8 +1698,8 @@ class _Run:
             kwargs["state"] = copy.copy(given)
         elif isinstance(given, Mapped):
             given.result = None  # What the children hold.
-        elif isinstance(given, State) and isinstance(given._result, PandasResult):
-            given._result._is_open = False
+        else:
+            _open(given, False)
         if context is not None:
             shared = self._context.get
             context = {k: v for k, v in context.items() if v is None or shared(k) is not v}
@@ -1742,8 +1741,7 @@ class _Run:
         found = self._place.resolve(futures)
         for edge, state in found.items() if isinstance(found, dict) else ():
             if isinstance(edge, Edge) and edge.mapped and isinstance(state, State):
-                if isinstance(state._result, PandasResult):
-                    state._result._is_open = False  # so that what is read now stays at hand
+                _open(state, False)  # so that what is read now stays at hand
                 with _reading(not state.is_mapped()):  # Prefect maps over the items of a result.
                     state.result  # noqa: B018
         return found
@@ -1788,8 +1786,8 @@ class _Run:
                     done.end(state)
                     if not self._is_ours(state):
                         done.claims = float("inf")
-                    elif isinstance(state._result, PandasResult):
-                        state._result._is_open = False
+                    else:
+                        _open(state, False)
             needed.update(dict.fromkeys(_all_in(argument, _Call)))
         return needed
 
@@ -1937,8 +1935,7 @@ class _Run:
                     call.value._prefect_ds = marks._replace(is_for_next_round=not is_finished)
         for call in calls:
             _list_children(call.value)
-            if isinstance(call.value._result, PandasResult):
-                call.value._result._is_open = True
+            _open(call.value)
         if is_finished:
             _claims_of(_flow_run()).clear()
             _settle_claims([*self._given_ends, *(call.value for call in calls)])
@@ -2212,20 +2209,24 @@ def _without_what_is_large(outcomes):
 # How it gets there ---------------------------------------------------------------------------
 
 
-#: In each process once for all pieces of a flow run.
-_load_shared = functools.lru_cache(maxsize=2)(pickle.loads)
+_load_shared = functools.lru_cache(maxsize=2)(pickle.loads)  # once per process and flow run
+
+
+class _Unpickler(pickle.Unpickler):
+    """Such as may be given a `persistent_load` of its own."""
 
 
 def _run_work(shared, work, *sources):
     common = _load_shared(shared)
 
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, found):
-            if isinstance(found, tuple):
-                return _result_in(sources[found[0]], found[1])
-            return common[found]
+    def persistent_load(found):
+        if isinstance(found, tuple):
+            return _result_in(sources[found[0]], found[1])
+        return common[found]
 
-    return _run_piece(common[0], Unpickler(io.BytesIO(work)).load())
+    unpickler: Any = _Unpickler(io.BytesIO(work))
+    unpickler.persistent_load = persistent_load
+    return _run_piece(common[0], unpickler.load())
 
 
 def _run_pickled(shared, work):
@@ -2236,8 +2237,7 @@ def _run_on_worker(shared, work, *sources):
     outcomes = _run_work(shared, work, *sources)
     for outcome in outcomes:
         _drop(outcome, is_kept=True)
-        if isinstance(getattr(outcome, "_result", None), PandasResult):
-            outcome._result._is_open = False  # Dask asks for its size, and Prefect would read it.
+        _open(outcome, False)  # Dask asks for its size, and Prefect would read it.
     return outcomes if any(map(_is_large, outcomes)) else tuple(outcomes)  # which comes at once
 
 

@@ -453,7 +453,7 @@ def chain(length):
         part = load(0)
         for _ in range(length - 1):
             part = step(part)
-        count(part)
+        count(part), count(part)
     return flow
 
 
